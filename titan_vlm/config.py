@@ -1,0 +1,399 @@
+"""The configuration of a run: one frozen dataclass per TOML section, each field documented here.
+
+    train_configs/qwen_vlm_moe.toml          [training]            Config.training.steps
+                                             steps = 1500    ->
+    --training.steps 20 (the command line)                         20, wins over the file
+
+`load_config` reads a file and overrides, `config_to_toml` writes the resolved whole back, exactly.
+`python -m titan_vlm.config --config X` checks a config and says nothing when it is good; with
+`--print-config` it prints the resolved TOML, with `--help` every setting. Nothing here imports
+torch, so a mistake is reported at once and before any process is launched.
+"""
+
+import math
+import os
+import re
+import sys
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import tomli_w
+
+from titan_vlm.errors import ConfigError
+from titan_vlm.settings import build, help_lines, override, pairs, setting
+
+CONFIG_DIR = Path(__file__).resolve().parents[1] / "train_configs"
+
+
+@dataclass(frozen=True)
+class Run:
+    output_dir: str = setting(
+        "", "Where the run lives; the same command resumes from it. Empty: runs/<config file stem>."
+    )
+    seed: int = setting(
+        0,
+        "Seed of the initial weights, the data order and all noise.",
+        at_least=0,
+        at_most=2**32 - 1,
+    )
+    device: Literal["auto", "cpu", "cuda"] = setting(
+        "auto", "Device to train on; auto takes CUDA where it is present."
+    )
+
+
+@dataclass(frozen=True)
+class Model:
+    name: str = setting("qwen3_vl", "Architecture: a name in titan_vlm/models/registry.py.")
+    flavor: str = setting(
+        "debug_moe", "Named dimensions of the architecture, or hf to take them from model.hf_path."
+    )
+    hf_path: str = setting(
+        "", "Hugging Face directory whose config.json gives the dimensions (flavor hf only)."
+    )
+
+
+@dataclass(frozen=True)
+class Data:
+    source: Literal["digits", "llava", "openai", "webdataset", "hf"] = setting(
+        "digits",
+        "Where samples come from: digits (embedded demo), llava or openai (JSONL), webdataset (tar "
+        "shards), hf (Hugging Face datasets).",
+    )
+    path: str = setting(
+        "",
+        "File, directory or glob of the source; for hf a save_to_disk directory or a hub name. "
+        "digits takes none.",
+    )
+    split: str = setting("train", "Split to train on (sources digits and hf; others have none).")
+    image_root: str = setting(
+        "", "Directory that relative image paths start from. Empty: the directory of the data file."
+    )
+    tokenizer: str = setting(
+        "", "Hugging Face tokenizer directory with a chat template. Empty: the demo tokenizer."
+    )
+    image_column: str = setting("image", "Column with the image or list of images (source hf).")
+    text_column: str = setting("text", "Column with the caption (source hf without messages).")
+    messages_column: str = setting(
+        "",
+        "Column with messages in OpenAI form (source hf). Empty: data.caption_prompt is asked and "
+        "data.text_column answers.",
+    )
+    caption_prompt: str = setting(
+        "Describe the image.", "The user's words where a sample is an image and a caption."
+    )
+    virtual_shards: int = setting(
+        16,
+        "Shards the samples are dealt to, each packing its own rows; fixes the sequence of rows of "
+        "the run, whatever the number of processes and workers.",
+        at_least=1,
+    )
+    pack_window: int = setting(
+        16, "Rows a virtual shard keeps open while it packs samples first-fit.", at_least=1
+    )
+    overlong: Literal["drop", "cut"] = setting(
+        "drop", "What happens to a sample longer than training.seq_len; either way it is counted."
+    )
+    min_pixels: int = setting(65536, "Smaller images are enlarged to this many pixels.", at_least=1)
+    max_pixels: int = setting(16777216, "Larger images are shrunk to this many pixels.", at_least=1)
+    video_min_pixels: int = setting(
+        131072, "As min_pixels, for a whole video: frames x height x width.", at_least=1
+    )
+    video_max_pixels: int = setting(
+        786432, "As max_pixels, for a whole video: frames x height x width.", at_least=1
+    )
+    video_fps: float = setting(2.0, "Frames per second sampled from a video.", above=0)
+    num_workers: int = setting(
+        0, "Loader processes per rank; 0 prepares samples in the training process.", at_least=0
+    )
+    max_bad_fraction: float = setting(
+        0.01,
+        "Samples that cannot be used are skipped and logged; a larger fraction ends the run.",
+        at_least=0,
+        at_most=1,
+    )
+
+
+@dataclass(frozen=True)
+class Training:
+    steps: int = setting(1000, "Optimizer steps of the whole run.", at_least=1)
+    seq_len: int = setting(2048, "Tokens per packed row.", at_least=1)
+    global_batch_size: int = setting(8, "Packed rows per optimizer step, of all ranks.", at_least=1)
+    micro_batch_size: int = setting(
+        1, "Packed rows per forward pass on one rank; the rest is accumulated.", at_least=1
+    )
+    dtype: Literal["float32", "bfloat16", "float64"] = setting(
+        "bfloat16", "Compute type; bfloat16 keeps float32 master weights and reductions."
+    )
+    max_norm: float = setting(1.0, "Clip the gradient norm to this; 0 never clips.", at_least=0)
+    freeze: list[str] = setting(
+        [], "Branches (vision, projector, text) or parameter-name patterns that do not train."
+    )
+    loss_chunk_tokens: int = setting(
+        1024, "Tokens whose logits exist at a time in the loss; bounds its memory.", at_least=1
+    )
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    lr: float = setting(1e-4, "Peak learning rate.", at_least=0)
+    betas: list[float] = setting(
+        [0.9, 0.95], "AdamW moment decay rates.", at_least=0, below=1, length=2
+    )
+    eps: float = setting(1e-8, "AdamW denominator offset.", above=0)
+    weight_decay: float = setting(
+        0.1, "Decoupled weight decay of matrices; norms and biases have none.", at_least=0
+    )
+    branch_lr: dict[str, float] = setting(
+        {},
+        "Peak learning rate by branch or parameter-name pattern, e.g. { vision = 1e-5 }; "
+        "the others use lr.",
+        at_least=0,
+    )
+
+
+@dataclass(frozen=True)
+class Schedule:
+    kind: Literal["constant", "linear", "cosine", "wsd"] = setting(
+        "cosine",
+        "Course of the learning rate after warm-up; wsd stays at the peak, then decays linearly.",
+    )
+    warmup_steps: int = setting(0, "Steps of linear warm-up from 0 to the peak.", at_least=0)
+    decay_steps: int = setting(0, "Steps of the final decay (wsd only).", at_least=0)
+    min_lr_ratio: float = setting(
+        0.1, "Learning rate at the end, as a fraction of the peak.", at_least=0, at_most=1
+    )
+
+
+@dataclass(frozen=True)
+class ActivationCheckpoint:
+    mode: Literal["none", "full", "selective", "layers"] = setting(
+        "none",
+        "What the backward pass recomputes: nothing, every block, cheap operators only, or every "
+        "n-th block.",
+    )
+    every: int = setting(2, "The n of mode layers.", at_least=1)
+
+
+@dataclass(frozen=True)
+class Compile:
+    enable: bool = setting(False, "Compile every block with torch.compile.")
+    backend: str = setting("inductor", "Backend of torch.compile.")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    every: int = setting(0, "Save every n steps; 0 saves at the end only.", at_least=0)
+    async_save: bool = setting(False, "Write checkpoints while training goes on.")
+    keep_latest_k: int = setting(2, "Checkpoints kept; 0 keeps all.", at_least=0)
+    initial_load_path: str = setting(
+        "", "Hugging Face directory to start from; a checkpoint in output_dir goes before it."
+    )
+    export_hf: bool = setting(False, "Write a Hugging Face directory at the end of training.")
+    export_dtype: Literal["float32", "bfloat16", "float64"] = setting(
+        "bfloat16", "Type of the exported tensors."
+    )
+    export_layout: Literal["published", "transformers"] = setting(
+        "published",
+        "Layout of exported expert tensors: published [E, D, 2F] and [E, F, D], as the released "
+        "checkpoints and vLLM have it, or transformers [E, 2F, D] and [E, D, F].",
+    )
+
+
+@dataclass(frozen=True)
+class Metrics:
+    log_every: int = setting(10, "Steps between lines of metrics.", at_least=1)
+    tensorboard: bool = setting(True, "Also write TensorBoard events to output_dir.")
+    peak_tflops: float = setting(
+        0.0,
+        "Peak TFLOP/s of one device, for MFU; 0 looks it up by name and leaves MFU out if unknown.",
+        at_least=0,
+    )
+
+
+@dataclass(frozen=True)
+class Eval:
+    every: int = setting(
+        0, "Validate every n steps; 0: at the end only, where there is held-out data.", at_least=0
+    )
+    split: str = setting("validation", "Split to validate on (sources digits and hf).")
+    path: str = setting("", "Held-out data in the format of data.source. Empty: data.path.")
+    samples: int = setting(200, "Samples to validate on.", at_least=1)
+    max_new_tokens: int = setting(16, "Longest answer that is decoded.", at_least=1)
+    show: int = setting(4, "Questions and answers printed at each validation.", at_least=0)
+
+
+@dataclass(frozen=True)
+class Config:
+    run: Run = field(default_factory=Run)
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    training: Training = field(default_factory=Training)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
+    compile: Compile = field(default_factory=Compile)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    metrics: Metrics = field(default_factory=Metrics)
+    eval: Eval = field(default_factory=Eval)
+
+
+def validate(config: Config, where: str = "config") -> None:
+    """Refuse settings that are each fine but do not go together; `where` opens the message."""
+    for conflict in _conflicts(config):
+        raise ConfigError(f"{where}: {conflict}")
+
+
+def _conflicts(config: Config) -> Iterator[str]:
+    model, data, training = config.model, config.data, config.training
+    schedule, evaluation = config.schedule, config.eval
+
+    if (model.flavor == "hf") != bool(model.hf_path):
+        yield (
+            'model.hf_path: expected a directory with flavor = "hf" and none with another flavor, '
+            f'got flavor = "{model.flavor}" and hf_path = "{model.hf_path}"'
+        )
+
+    if (data.source == "digits") == bool(data.path):
+        yield (
+            f"data.path: expected {'none' if data.path else 'a file, directory or glob'} for "
+            f'source = "{data.source}", got "{data.path}"'
+        )
+    for low, high in (("min_pixels", "max_pixels"), ("video_min_pixels", "video_max_pixels")):
+        least, most = getattr(data, low), getattr(data, high)
+        if least > most:
+            yield f"data.{low}: expected at most data.{high} ({most}), got {least}"
+
+    rows, micro = training.global_batch_size, training.micro_batch_size
+    if rows % micro:
+        multiples = [n for n in (rows - rows % micro, rows - rows % micro + micro) if n > 0]
+        small = [d for d in range(1, math.isqrt(rows) + 1) if rows % d == 0]
+        divisors = {*small, *(rows // d for d in small)}
+        micros = sorted(sorted(divisors, key=lambda d: abs(d - micro))[:2])
+        all_rows, all_micro = (" or ".join(map(str, numbers)) for numbers in (multiples, micros))
+        yield (
+            f"training.global_batch_size: expected a multiple of training.micro_batch_size "
+            f"({micro}), got {rows}; nearest that work: global_batch_size = {all_rows}, "
+            f"or micro_batch_size = {all_micro}"
+        )
+
+    if schedule.warmup_steps > training.steps:
+        most = f"training.steps ({training.steps})"
+        yield f"schedule.warmup_steps: expected at most {most}, got {schedule.warmup_steps}"
+    if (schedule.kind == "wsd") != (schedule.decay_steps > 0):
+        yield (
+            'schedule.decay_steps: expected at least 1 with kind = "wsd" and 0 with the others, '
+            f'got {schedule.decay_steps} with kind = "{schedule.kind}"'
+        )
+    if schedule.warmup_steps + schedule.decay_steps > training.steps:
+        yield (
+            "schedule.decay_steps: expected at most training.steps - schedule.warmup_steps "
+            f"({training.steps - schedule.warmup_steps}), got {schedule.decay_steps}"
+        )
+
+    has_splits = data.source in ("digits", "hf")
+    if data.source == "digits" and evaluation.path:
+        yield f'eval.path: expected none for source = "digits", got "{evaluation.path}"'
+    if evaluation.every and not has_splits and not evaluation.path:
+        yield (
+            f'eval.path: expected held-out data, because source = "{data.source}" has no '
+            f"validation split and eval.every is {evaluation.every}; or set eval.every = 0"
+        )
+    if has_splits and evaluation.split == data.split and evaluation.path in ("", data.path):
+        yield (
+            f'eval.split: expected another split than data.split ("{data.split}"): '
+            "validation on samples trained on measures nothing"
+        )
+
+
+def load_config(path_or_name: str, overrides: Sequence[str] = ()) -> Config:
+    """A validated Config from a TOML file, a path or a name in train_configs/, and command-line
+    words: `load_config("qwen_vlm_moe.toml", ["--training.steps", "20", "--run.seed=1"])`."""
+    return _load(path_or_name, list(pairs(overrides)))
+
+
+def _load(path_or_name: str, overrides: list[tuple[str, str]]) -> Config:
+    path = _find(path_or_name)
+    config = build(Config, _read_toml(path), str(path))
+    for key, text in overrides:
+        config = override(config, key, text, "command line")
+    if not config.run.output_dir:
+        config = replace(config, run=replace(config.run, output_dir=f"runs/{path.stem}"))
+    validate(config, f"{path} + command line" if overrides else str(path))
+    return config
+
+
+def _find(path_or_name: str) -> Path:
+    given = Path(path_or_name)
+    here = Path.cwd()
+    for path in (given, CONFIG_DIR / given, CONFIG_DIR / f"{given}.toml"):
+        if os.path.isfile(path):
+            return path.relative_to(here) if path.is_relative_to(here) else path
+    found = "is a directory" if os.path.isdir(given) else "no such file"
+    raise ConfigError(f"{given}: {found}; expected {_choices()}")
+
+
+def _choices() -> str:
+    names = sorted(path.name for path in CONFIG_DIR.glob("*.toml"))
+    return f"a path or a name in train_configs/: {', '.join(names)}"
+
+
+def _read_toml(path: Path) -> dict:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: expected UTF-8 text, got byte {error.start}") from error
+    try:
+        return tomllib.loads(text)
+    except ValueError as error:
+        line = re.search(r"at line (\d+)", str(error))
+        number = line[1] if line else len(text.splitlines())
+        raise ConfigError(f"{path}:{number}: not valid TOML: {error}") from error
+
+
+def config_to_toml(config: Config) -> str:
+    """TOML that loads back to an equal Config."""
+    return tomli_w.dumps(asdict(config))
+
+
+def print_help() -> None:
+    print(
+        "usage: ./run_train.sh --config FILE [--section.key value ...] [--print-config]\n\n"
+        "FILE is a path or a name in train_configs/. Every setting below can stand in FILE under\n"
+        'its [section] or on the command line, which wins. Lists: a,b or \'["a", "b"]\'; tables:\n'
+        "'{ vision = 1e-5 }'. --print-config prints the resolved TOML and trains nothing."
+    )
+    print("\n".join(help_lines(Config)))
+
+
+def config_from_args(argv: Sequence[str]) -> Config:
+    """The Config that a command line asks for; `--help` and `--print-config` print and exit."""
+    if "--help" in argv or "-h" in argv:
+        print_help()
+        raise SystemExit(0)
+    given = list(pairs([word for word in argv if word != "--print-config"]))
+    files = [value for key, value in given if key == "config"]
+    if not files:
+        raise ConfigError(f"command line: expected --config FILE, {_choices()}")
+    config = _load(files[-1], [pair for pair in given if pair[0] != "config"])
+    if "--print-config" in argv:
+        print(config_to_toml(config), end="")
+        raise SystemExit(0)
+    return config
+
+
+def main(argv: Sequence[str]) -> int:
+    try:
+        config_from_args(argv)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

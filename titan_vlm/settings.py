@@ -1,0 +1,245 @@
+"""Settings: a tree of frozen dataclasses, declared once and then read, overridden and shown.
+
+A section is a frozen dataclass; each of its fields is declared with `setting(default, text, ...)`,
+a section inside a section by its type alone. From that one declaration come the check of a TOML
+table (`build`), the typed command line (`pairs`, `override`) and the help (`help_lines`). This file
+knows nothing about training; `config.py` declares the tree.
+
+Types: bool, int, float, str, Literal of strings, list of those, dict from name to one of those.
+An int is taken where a float is wanted; a bool is never an int; NaN and infinity are refused.
+"""
+
+import copy
+import json
+import math
+import textwrap
+import tomllib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import Field, field, fields, is_dataclass, replace
+from difflib import SequenceMatcher
+from typing import Any, Literal, get_args, get_origin
+
+from titan_vlm.errors import ConfigError
+
+
+def setting(
+    default: Any,
+    text: str,
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    length: int | None = None,
+) -> Any:
+    """A documented field. Bounds hold for a number, or for every number of a list or dict."""
+    bounds = {">=": at_least, "<=": at_most, ">": above, "<": below}
+    metadata = {
+        "text": text,
+        "bounds": {sign: bound for sign, bound in bounds.items() if bound is not None},
+        "length": length,
+    }
+    return field(default_factory=lambda: copy.copy(default), metadata=metadata)
+
+
+def build(cls: type, table: dict[str, Any], where: str) -> Any:
+    """A `cls` from a TOML table; `where` (the file) is for messages."""
+    return _build(cls, table, where, "", cls)
+
+
+def _build(cls: type, table: dict[str, Any], where: str, prefix: str, root: type) -> Any:
+    known = {f.name: f for f in fields(cls)}
+    values = {}
+    for name, value in table.items():
+        key = prefix + name
+        if name not in known:
+            raise _unknown(root, key, where, is_section=not prefix and isinstance(value, dict))
+        kind = known[name].type
+        if not is_dataclass(kind):
+            values[name] = _checked(value, known[name], key, where)
+        elif isinstance(value, dict):
+            values[name] = _build(kind, value, where, f"{key}.", root)
+        else:
+            raise ConfigError(f"{where}: {key}: expected a section [{key}], got {_show(value)}")
+    return cls(**values)
+
+
+def pairs(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(key, text) of every `--key text` and `--key=text` of a command line."""
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        key, equals, text = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not key:
+            raise ConfigError(
+                f"command line: {word}: expected --config FILE or --section.key value"
+            )
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise ConfigError(
+                    f"command line: {key}: expected a value (--{key} VALUE), got none"
+                )
+            text = rest.pop(0)
+        yield key, text
+
+
+def override(tree: Any, key: str, text: str, where: str) -> Any:
+    """The tree with `section.key` set to what the word `text` means for the type of that field."""
+    known = dict(leaves(type(tree)))
+    if key not in known:
+        raise _unknown(type(tree), key, where)
+    value = _checked(_parse(text, known[key].type), known[key], key, where)
+    return _replaced(tree, key.split("."), value)
+
+
+def _replaced(tree: Any, path: list[str], value: Any) -> Any:
+    name, *rest = path
+    return replace(tree, **{name: _replaced(getattr(tree, name), rest, value) if rest else value})
+
+
+def leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, Field]]:
+    """Every (dotted key, field) of the tree, in the order of declaration."""
+    for f in fields(cls):
+        if is_dataclass(f.type):
+            yield from leaves(f.type, f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name, f
+
+
+def help_lines(cls: type) -> Iterator[str]:
+    """Section, key, type, default and text of every setting."""
+    section = None
+    for key, f in leaves(cls):
+        if (new := key.rpartition(".")[0]) != section:
+            section = new
+            yield f"\n[{section}]"
+        default = f.default_factory()
+        yield f"  --{key}  ({_describe(f)}, default {_show(default)})"
+        yield textwrap.fill(
+            f.metadata["text"], width=100, initial_indent=" " * 6, subsequent_indent=" " * 6
+        )
+
+
+def _checked(value: Any, f: Field, key: str, where: str) -> Any:
+    try:
+        converted = _convert(value, f.type, f.metadata["bounds"])
+    except _Unfit:
+        converted = None
+    length = f.metadata["length"]
+    if converted is None or (length is not None and len(converted) != length):
+        raise ConfigError(f"{where}: {key}: expected {_describe(f)}, got {_show(value)}")
+    return converted
+
+
+class _Unfit(Exception):
+    """The value does not have the type or the range; `_checked` says so in words."""
+
+
+def _convert(value: Any, kind: Any, bounds: dict[str, float]) -> Any:
+    origin = get_origin(kind)
+    if origin is list and isinstance(value, list):
+        return [_convert(item, get_args(kind)[0], bounds) for item in value]
+    if origin is dict and isinstance(value, dict):
+        return {str(k): _convert(item, get_args(kind)[1], bounds) for k, item in value.items()}
+    if origin is Literal and value in get_args(kind):
+        return value
+    if kind in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return _number(value, kind, bounds)
+    if kind in (bool, str) and isinstance(value, kind):
+        return value
+    raise _Unfit
+
+
+_HOLDS = {
+    ">=": lambda value, bound: value >= bound,
+    "<=": lambda value, bound: value <= bound,
+    ">": lambda value, bound: value > bound,
+    "<": lambda value, bound: value < bound,
+}
+
+
+def _number(value: int | float, kind: type, bounds: dict[str, float]) -> int | float:
+    if kind is int and isinstance(value, float):
+        raise _Unfit
+    try:
+        number = kind(value)
+    except OverflowError as error:  # an integer beyond the range of a float
+        raise _Unfit from error
+    if kind is float and not math.isfinite(number):
+        raise _Unfit
+    if not all(_HOLDS[sign](number, bound) for sign, bound in bounds.items()):
+        raise _Unfit
+    return number
+
+
+def _parse(text: str, kind: Any) -> Any:
+    """The value a word of the command line stands for; what cannot be read stays text, and is
+    refused by `_convert` like any other wrong type."""
+    origin = get_origin(kind)
+    if origin is dict or (origin is list and text.startswith("[")):
+        return _parse_toml(text)
+    if origin is list:
+        item = get_args(kind)[0]
+        return [_parse(part.strip(), item) for part in text.split(",")] if text else []
+    if kind is bool:
+        return {"true": True, "false": False}.get(text, text)
+    if kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            return text
+    return text
+
+
+def _parse_toml(text: str) -> Any:
+    try:
+        table = tomllib.loads(f"value = {text}")
+    except ValueError:
+        return text
+    return table["value"] if len(table) == 1 else text
+
+
+def _describe(f: Field) -> str:
+    bounds = " and ".join(f"{sign} {bound}" for sign, bound in f.metadata["bounds"].items())
+    count = f"{f.metadata['length']} x " if f.metadata["length"] else ""
+    origin = get_origin(f.type)
+    if origin is list:
+        words = f"list of {count}{_name(get_args(f.type)[0])}"
+    elif origin is dict:
+        words = f"table of name = {_name(get_args(f.type)[1])}"
+    else:
+        words = _name(f.type)
+    return f"{words} {bounds}".rstrip()
+
+
+def _name(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "|".join(get_args(kind))
+    return {bool: "true|false", int: "int", float: "finite float", str: "string"}[kind]
+
+
+def _show(value: Any) -> str:
+    """As a reader of TOML knows it (true, not True), and short."""
+    shown = json.dumps(value, default=str, ensure_ascii=False)
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."
+
+
+def _unknown(root: type, key: str, where: str, is_section: bool = False) -> ConfigError:
+    if is_section:
+        section = _nearest(key, [f.name for f in fields(root)])
+        return ConfigError(f"{where}: [{key}]: unknown section; nearest known: [{section}]")
+    known = [name for name, _ in leaves(root)]
+    return ConfigError(f"{where}: {key}: unknown key; nearest known: {_nearest(key, known)}")
+
+
+def _nearest(key: str, known: Iterable[str]) -> str:
+    """The most similar known key; one that differs only in its section goes first."""
+
+    def leaf(name: str) -> str:
+        return name.rpartition(".")[2]
+
+    def likeness(name: str) -> tuple[bool, float]:
+        same = name if "." in key else leaf(name)
+        return leaf(name) == leaf(key), SequenceMatcher(None, key, same).ratio()
+
+    return max(known, key=likeness)
