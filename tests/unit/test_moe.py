@@ -1,0 +1,158 @@
+"""The MoE layer against a loop over tokens and experts, written from its definition."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from titan_vlm.models.init import init_weights
+from titan_vlm.models.moe.dispatcher import combine, dispatch
+from titan_vlm.models.moe.experts import WeightedSwiGLU
+from titan_vlm.models.moe.layer import MoE
+from titan_vlm.models.moe.layout import ALIGN, make_layout
+from titan_vlm.models.moe.routing import Routing
+
+WIDTH, HIDDEN, EXPERTS, TOP_K = 24, 20, 5, 2
+
+
+def make_layer(dtype=torch.float64, seed=0) -> MoE:
+    layer = MoE(WIDTH, HIDDEN, EXPERTS, TOP_K).to(dtype)
+    init_weights(layer, seed, std=0.3)
+    return layer
+
+
+def naive(layer: MoE, x_TD: torch.Tensor, valid: list[int]) -> torch.Tensor:
+    """Qwen3's sparse block, one token at a time."""
+    out = []
+    for t, x in enumerate(x_TD):
+        total = torch.zeros_like(x)
+        if t in valid:
+            probabilities = (layer.router.weight @ x).softmax(-1)
+            weights, chosen = probabilities.topk(TOP_K)
+            for w, e in zip(weights / weights.sum(), chosen.tolist(), strict=True):
+                gate, up = (x @ layer.experts.gate_up[e]).chunk(2)
+                total = total + w * ((F.silu(gate) * up) @ layer.experts.down[e])
+        out.append(total)
+    return torch.stack(out) if out else x_TD
+
+
+def grads(layer: MoE, x: torch.Tensor, out: torch.Tensor) -> list[torch.Tensor]:
+    inputs = [x, *layer.parameters()]
+    found = torch.autograd.grad(
+        (out * torch.sin(torch.arange(out.numel()).view_as(out))).sum(), inputs, allow_unused=True
+    )
+    return [torch.zeros_like(i) if g is None else g for i, g in zip(inputs, found, strict=True)]
+
+
+def force(monkeypatch, layout: str) -> None:
+    limit = {"uniform": float("inf"), "ragged": -1000.0}[layout]
+    monkeypatch.setattr("titan_vlm.models.moe.layout.MAX_UNIFORM_WASTE", limit)
+
+
+@pytest.mark.parametrize("layout", ["uniform", "ragged"])
+@pytest.mark.parametrize("tokens", [0, 1, 7, 150])
+def test_output_and_gradients_equal_the_naive_loop(layout, tokens, monkeypatch):
+    force(monkeypatch, layout)
+    layer = make_layer()
+    torch.manual_seed(tokens)
+    x = torch.randn(tokens, WIDTH, dtype=torch.float64, requires_grad=True)
+    valid = [t for t in range(tokens) if t % 5 != 3]
+    out = layer(x, torch.tensor(valid, dtype=torch.int64))
+    expected = naive(layer, x, valid)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(grads(layer, x, out), grads(layer, x, expected), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", ["uniform", "ragged"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lower_precisions_follow_float64(layout, dtype, monkeypatch):
+    force(monkeypatch, layout)
+    # Widths that are multiples of 8: the grouped kernel wants rows of whole 16 bytes.
+    exact = MoE(32, 16, EXPERTS, TOP_K).double()
+    init_weights(exact, 1, std=0.2)
+    low = MoE(32, 16, EXPERTS, TOP_K).to(dtype)
+    exact.load_state_dict(low.load_state_dict(exact.state_dict()) and low.state_dict())
+    x = torch.randn(70, 32).to(dtype)
+    index = torch.arange(70)
+    out, expected = low(x, index), exact(x.double(), index)
+    out.double().sum().backward()
+    expected.sum().backward()
+    tolerance = 1e-5 if dtype == torch.float32 else 5e-2
+    assert (out.double() - expected).abs().max() < tolerance
+    for a, b in zip(low.parameters(), exact.parameters(), strict=True):
+        assert (a.grad.double() - b.grad).abs().max() < tolerance * max(1.0, b.grad.abs().max())
+
+
+@pytest.mark.parametrize("layout", ["uniform", "ragged"])
+def test_all_tokens_to_one_expert(layout, monkeypatch):
+    force(monkeypatch, layout)
+    layer = make_layer()
+    x = torch.randn(40, WIDTH, dtype=torch.float64)
+    routing = Routing(torch.arange(40), torch.full((40,), 3), torch.ones(40).double(), EXPERTS)
+    rows, state = dispatch(x, routing)
+    out = combine(layer.experts(rows, state.layout), state)
+    gate, up = (x @ layer.experts.gate_up[3]).chunk(2, -1)
+    torch.testing.assert_close(out, (F.silu(gate) * up) @ layer.experts.down[3])
+
+
+def test_padding_tokens_never_reach_an_expert():
+    layer = make_layer()
+    x = torch.randn(9, WIDTH, dtype=torch.float64)
+    x[4:] = float("nan")  # would poison every sum it entered
+    x.requires_grad_()
+    out = layer(x, torch.arange(4))
+    out.sum().backward()
+    assert torch.equal(out[4:], torch.zeros(5, WIDTH, dtype=torch.float64))
+    assert out.isfinite().all()
+    assert layer.load_E.sum() == 4 * TOP_K
+    assert all(p.grad.isfinite().all() for p in layer.experts.parameters())
+
+
+def test_filler_rows_have_no_gradient():
+    layer = make_layer()
+    routing = Routing(torch.tensor([1]), torch.tensor([2]), torch.ones(1).double(), EXPERTS)
+    x = torch.randn(3, WIDTH, dtype=torch.float64, requires_grad=True)
+    rows, state = dispatch(x, routing)
+    assert rows.shape[0] >= ALIGN
+    combine(layer.experts(rows, state.layout), state).sum().backward()
+    assert torch.equal(x.grad[0], torch.zeros_like(x.grad[0]))  # the token that fillers copy
+    assert x.grad[1].abs().max() > 0
+
+
+def test_groups_are_aligned_and_pairs_lie_in_their_experts_group(monkeypatch):
+    experts = torch.tensor([4, 0, 0, 2, 4, 4, 1])
+    routing = Routing(torch.arange(7), experts, torch.arange(1.0, 8.0), EXPERTS)
+    for kind in ("uniform", "ragged"):
+        force(monkeypatch, kind)
+        layout = make_layout(routing)
+        assert (layout.group is not None) == (kind == "uniform")
+        ends = layout.ends_E.tolist()
+        assert all(end % ALIGN == 0 for end in ends)
+        group_of_row = torch.bucketize(layout.rows_P, layout.ends_E, right=True)
+        assert torch.equal(group_of_row, experts)
+        assert torch.equal(layout.source_R[layout.rows_P], routing.token_ids_P)
+        assert layout.weights_R.sum() == routing.weights_P.sum()
+
+
+def test_pairs_are_counted_once_under_activation_checkpointing():
+    layer = make_layer()
+    x = torch.randn(12, WIDTH, dtype=torch.float64, requires_grad=True)
+    checkpoint(layer, x, torch.arange(12), use_reentrant=False).sum().backward()
+    assert layer.load_E.sum() == 12 * TOP_K
+
+
+def test_swiglu_gradient_is_exact():
+    gate_up = torch.randn(6, 10, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(WeightedSwiGLU.apply, (gate_up, weights))
+
+
+def test_an_experts_weights_depend_on_seed_name_and_expert_alone():
+    small, large = MoE(WIDTH, HIDDEN, 3, TOP_K), MoE(WIDTH, HIDDEN, EXPERTS, TOP_K)
+    init_weights(small, 7, std=0.1)
+    init_weights(large, 7, std=0.1)
+    assert torch.equal(small.experts.down, large.experts.down[:3])
+    assert not torch.equal(large.experts.down[0], large.experts.down[1])
+    init_weights(small, 8, std=0.1)
+    assert not torch.equal(small.experts.down, large.experts.down[:3])

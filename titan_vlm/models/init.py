@@ -1,0 +1,36 @@
+"""Initial values of parameters: a function of (seed, global name, logical expert) alone.
+
+Every tensor, and every expert within a tensor of experts, has a random stream of its own. So a
+rank makes just the experts it holds, and every mesh and every device starts from the same model.
+"""
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def init_weights(model: nn.Module, seed: int, std: float) -> None:
+    """Fill every parameter of `model`: matrices from N(0, std^2), norms with 1, biases with 0.
+
+    Numbers are drawn on the CPU in float32, so that they depend on neither device nor dtype.
+    Buffers are zeroed (they are counters).
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        elif parameter.ndim == 3:
+            for expert, matrix in enumerate(parameter):
+                matrix.copy_(normal(matrix.shape, std, seed, f"{name}/{expert}"))
+        else:
+            parameter.copy_(normal(parameter.shape, std, seed, name))
+    for buffer in model.buffers():
+        buffer.zero_()
+
+
+def normal(shape: torch.Size, std: float, seed: int, name: str) -> Tensor:
+    """Normal numbers of a stream of their own, named by (seed, name)."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.empty(shape).normal_(0.0, std, generator=generator)

@@ -1,0 +1,74 @@
+"""What a model reads: one micro-batch of packed rows.
+
+Everything that decides a shape (document lengths, image grids) is a Python list made on the
+host by the data loader, so that no model ever waits for the device to learn it.
+
+Two rows of six tokens, `v` a visual token, `.` padding:
+
+    row 0:  a a v v a .     documents: [a a v v a], padding tail of 1
+    row 1:  b b b c c c     documents: [b b b], [c c c]
+
+    doc_lens       = [5, 1, 3, 3]          (the padding tail counts as a document of its own)
+    visual_index_M = [2, 3]                (flattened row-major positions)
+    valid_index_T  = [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11]
+"""
+
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+IGNORE_LABEL = -100
+
+
+@dataclass
+class Batch:
+    """A micro-batch of B rows of S tokens.
+
+    tokens_BS       int64 token ids
+    labels_BS       int64 targets, already shifted: the token after position s of the same
+                    document where it is trained on, else `IGNORE_LABEL`
+    positions_3BS   int64 M-RoPE positions (time, height, width), from 0 in every document
+    valid_BS        bool, False on padding
+    doc_lens        lengths of the documents, row-major; sums to B * S
+    pixels_NC       float32 patches of all images and videos, in order of appearance; N may be 0
+    grids           (t, h, w) in patches of each image or video
+    visual_index_M  int64 flattened positions of the visual tokens, in order
+    """
+
+    tokens_BS: Tensor
+    labels_BS: Tensor
+    positions_3BS: Tensor
+    valid_BS: Tensor
+    doc_lens: list[int]
+    pixels_NC: Tensor
+    grids: list[tuple[int, int, int]]
+    visual_index_M: Tensor
+    num_samples: int = 0
+    num_images: int = 0
+    # Flattened positions of the tokens that are no padding; made here, on the host.
+    valid_index_T: Tensor | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        if self.valid_index_T is None:
+            self.valid_index_T = self.valid_BS.flatten().nonzero().squeeze(-1)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are no padding, known on the host."""
+        return self.valid_index_T.numel()
+
+    @property
+    def num_targets(self) -> Tensor:
+        """Scalar int64 tensor on the batch's device: positions that a loss counts."""
+        return (self.labels_BS != IGNORE_LABEL).sum()
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch with its tensors on `device`."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(
+            **{
+                name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+                for name, value in values.items()
+            }
+        )

@@ -1,0 +1,82 @@
+"""The experts: E SwiGLU layers as two grouped matmuls.
+
+The one place that chooses how a grouped matmul runs:
+
+- uniform layout: one `bmm` (any dtype);
+- ragged layout: `F.grouped_mm` (bf16 and float32; bf16 only on CUDA);
+- where there is no such kernel (float64; float32 on CUDA): one matmul per group, same layout.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from titan_vlm.models.moe.layout import Layout
+
+
+class Experts(nn.Module):
+    """down(silu(gate(x)) * up(x) * weight) for each expert's rows.
+
+    The routing weight multiplies the hidden activation instead of the output: the same number,
+    at width F instead of D, and its gradient needs no saved output.
+
+    gate_up [E, D, 2F], gate first; down [E, F, D]: the layout of the published checkpoints.
+    """
+
+    def __init__(self, num_experts: int, width: int, hidden: int):
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.empty(num_experts, width, 2 * hidden))
+        self.down = nn.Parameter(torch.empty(num_experts, hidden, width))
+
+    def forward(self, x_RD: Tensor, layout: Layout) -> Tensor:
+        gate_up_RF = grouped_matmul(x_RD, self.gate_up, layout)
+        hidden_RF = WeightedSwiGLU.apply(gate_up_RF, layout.weights_R)
+        return grouped_matmul(hidden_RF, self.down, layout)
+
+
+def grouped_matmul(x_RK: Tensor, weight_EKN: Tensor, layout: Layout) -> Tensor:
+    """Each expert's rows times its own matrix: [R, N]. Rows of no group are undefined."""
+    if layout.group is not None:
+        groups_EGK = x_RK.unflatten(0, (weight_EKN.shape[0], layout.group))
+        return torch.bmm(groups_EGK, weight_EKN).flatten(0, 1)
+    kernel = x_RK.dtype == torch.bfloat16 or (
+        x_RK.dtype == torch.float32 and x_RK.device.type == "cpu"
+    )
+    if kernel and x_RK.shape[0] > 0:
+        return F.grouped_mm(x_RK, weight_EKN, offs=layout.ends_E)
+    return _matmul_per_group(x_RK, weight_EKN, layout.ends_E)
+
+
+def _matmul_per_group(x_RK: Tensor, weight_EKN: Tensor, ends_E: Tensor) -> Tensor:
+    ends = ends_E.tolist()
+    starts = [0, *ends[:-1]]
+    groups = [x_RK[a:b] @ w for a, b, w in zip(starts, ends, weight_EKN.unbind(), strict=True)]
+    unused = x_RK.shape[0] - ends[-1]
+    return torch.cat([*groups, x_RK.new_zeros(unused, weight_EKN.shape[-1])])
+
+
+class WeightedSwiGLU(torch.autograd.Function):
+    """silu(gate) * up * weight, [R, 2F] -> [R, F], keeping only its inputs for the backward pass.
+
+    Products are rounded once to the dtype of `gate_up`; the weight's gradient is float32 at least.
+    """
+
+    @staticmethod
+    def forward(ctx, gate_up_RF: Tensor, weights_R: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up_RF, weights_R)
+        gate, up = gate_up_RF.chunk(2, -1)
+        weights = weights_R.to(gate.dtype).unsqueeze(-1)
+        return F.silu(gate).mul_(up).mul_(weights)
+
+    @staticmethod
+    def backward(ctx, grad_RF: Tensor) -> tuple[Tensor, Tensor]:
+        gate_up_RF, weights_R = ctx.saved_tensors
+        gate, up = gate_up_RF.chunk(2, -1)
+        activated = F.silu(gate)
+        grad_weights = (grad_RF * activated).mul_(up).sum(-1, dtype=weights_R.dtype)
+        grad = grad_RF * weights_R.to(grad_RF.dtype).unsqueeze(-1)
+        grad_gate_up = torch.empty_like(gate_up_RF)
+        grad_gate, grad_up = grad_gate_up.chunk(2, -1)
+        torch.mul(grad, activated, out=grad_up)
+        grad_gate.copy_(torch.ops.aten.silu_backward(grad.mul_(up), gate))
+        return grad_gate_up, grad_weights

@@ -1,0 +1,88 @@
+"""Where each pair's row lies in the buffer that the experts compute on.
+
+Rows are grouped by expert and every group starts at a multiple of `ALIGN` rows. Aligned groups
+keep the number of distinct matrix shapes small (a CPU's matmul library compiles a kernel for each
+new shape, about a millisecond each) and suit fp8 and mxfp8.
+
+Two layouts, E = 3 experts, ALIGN = 4, counts (5, 1, 4), `x` a pair's row, `.` a filler:
+
+    ragged    xxxxx... x... xxxx          ends_E = [8, 12, 16]    groups as long as they must be
+    uniform   xxxxx... x....... xxxx....  C = 8                   every group as long as the longest
+
+The uniform layout is one batched matmul. On CPU that costs a third of the overhead of a grouped
+one, as long as the longest group is not much longer than the average. It needs the counts on the
+host, free on a CPU, a device wait elsewhere; there the layout is always ragged.
+
+A filler row copies row 0 of the tokens and has weight 0, which makes its output and every
+gradient that flows through it exactly zero: no buffer needs to be cleared.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from titan_vlm.models.moe.routing import Routing
+
+ALIGN = 32
+# Uniform pays (longest / mean) times the flops; above this factor the ragged layout wins.
+MAX_UNIFORM_WASTE = 2.0
+
+
+@dataclass
+class Layout:
+    """R rows of pairs, grouped by expert.
+
+    rows_P       row of each pair, in the order of the routing
+    source_R     token that each row copies
+    weights_R    weight of each row, 0 for fillers; carries the router's gradient
+    ends_E       int32 end of each group, for a grouped matmul
+    group        rows per expert if they are all equal (uniform), else None
+    """
+
+    rows_P: Tensor
+    source_R: Tensor
+    weights_R: Tensor
+    ends_E: Tensor
+    group: int | None
+
+
+def make_layout(routing: Routing) -> Layout:
+    """Lay out the pairs of `routing` for its experts."""
+    experts, num_pairs = routing.expert_ids_P, routing.expert_ids_P.numel()
+    counts_E = routing.counts_E()
+    padded_E = (counts_E + (ALIGN - 1)) // ALIGN * ALIGN
+    group = _uniform_group(padded_E, num_pairs)
+    if group is not None:
+        padded_E = torch.full_like(counts_E, group)
+    ends_E = padded_E.cumsum(0)
+
+    order_P = experts.argsort(stable=True)
+    # How far each group is shifted by the fillers of the groups before it.
+    shift_E = (ends_E - padded_E) - (counts_E.cumsum(0) - counts_E)
+    sorted_rows_P = torch.arange(num_pairs, device=experts.device) + shift_E[experts[order_P]]
+    rows_P = torch.empty_like(order_P).index_copy_(0, order_P, sorted_rows_P)
+
+    num_rows = _num_rows(ends_E, num_pairs, group)
+    source_R = rows_P.new_zeros(num_rows).index_copy_(0, rows_P, routing.token_ids_P)
+    weights_R = routing.weights_P.new_zeros(num_rows).index_copy(0, rows_P, routing.weights_P)
+    return Layout(rows_P, source_R, weights_R, ends_E.to(torch.int32), group)
+
+
+def _uniform_group(padded_E: Tensor, num_pairs: int) -> int | None:
+    if padded_E.device.type != "cpu" or num_pairs == 0:
+        return None
+    longest = int(padded_E.max())
+    wasteful = longest * len(padded_E) > MAX_UNIFORM_WASTE * num_pairs + ALIGN * len(padded_E)
+    return None if wasteful else longest
+
+
+def _num_rows(ends_E: Tensor, num_pairs: int, group: int | None) -> int:
+    """R; on a device an upper bound that the host knows, rows past the last group being unused."""
+    num_experts = len(ends_E)
+    if group is not None:
+        return group * num_experts
+    if ends_E.device.type == "cpu":
+        return int(ends_E[-1])
+    bound = num_pairs + min(num_experts, num_pairs) * (ALIGN - 1)
+    return (bound + ALIGN - 1) // ALIGN * ALIGN

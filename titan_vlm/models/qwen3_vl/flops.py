@@ -1,0 +1,51 @@
+"""How many floating-point operations a batch costs, for TFLOP/s and MFU.
+
+A matrix of P parameters costs 2 P operations per token forward and 4 P backward. Counted are the
+matrices a token passes (of the experts: the top-k) and attention; looking up an embedding costs
+nothing. By the field's convention the whole backward pass and every token count, also where
+parameters are frozen or tokens are not trained on; recomputation by activation checkpointing does
+not.
+"""
+
+from titan_vlm.models.qwen3_vl.config import Qwen3VLConfig, TextConfig, VisionConfig
+
+_FORWARD_AND_BACKWARD = 3
+
+
+def flops(config: Qwen3VLConfig, doc_lens: list[int], grids: list[tuple[int, int, int]]) -> float:
+    """Operations of one forward and backward pass.
+
+    Args:
+        doc_lens: lengths of the documents in tokens; attention does not cross them.
+        grids: (t, h, w) in patches of each image or video.
+    """
+    text = sum(_document(config.text, length) for length in doc_lens)
+    vision = sum(_visual(config.vision, *grid) for grid in grids)
+    return float(_FORWARD_AND_BACKWARD * (text + vision))
+
+
+def _document(text: TextConfig, length: int) -> float:
+    width, attention = text.hidden_size, text.num_heads * text.head_dim
+    projections = 2 * width * attention + 2 * width * text.num_kv_heads * text.head_dim
+    dense = 3 * width * text.intermediate_size
+    sparse = width * text.num_experts
+    sparse += text.num_experts_per_tok * 3 * width * text.moe_intermediate_size
+    layers = [sparse if text.is_moe_layer(i) else dense for i in range(text.num_layers)]
+    matrices = text.num_layers * projections + sum(layers) + width * text.vocab_size
+    # Queries with keys, then weights with values: 2 x 2 x S^2 x heads x head_dim; a causal mask
+    # halves it.
+    scores = text.num_layers * 4 * length**2 * attention / 2
+    return 2 * matrices * length + scores
+
+
+def _visual(vision: VisionConfig, frames: int, height: int, width: int) -> float:
+    size, per_frame = vision.hidden_size, height * width
+    block = 4 * size**2 + 2 * size * vision.intermediate_size
+    per_patch = vision.patch_dim * size + vision.depth * block
+    merged = size * vision.merge_size**2
+    merger = merged**2 + merged * vision.out_hidden_size
+    per_token = merger * (1 + len(vision.deepstack_layers))
+    patches = frames * per_frame
+    tokens = patches / vision.merge_size**2
+    scores = vision.depth * 4 * frames * per_frame**2 * size  # every frame sees itself, whole
+    return 2 * (per_patch * patches + per_token * tokens) + scores

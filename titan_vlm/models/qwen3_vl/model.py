@@ -1,0 +1,65 @@
+"""Qwen3-VL and Qwen3-VL-MoE: vision tower, decoder, head. Written as if there were one device."""
+
+from collections.abc import Iterator
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from titan_vlm.models.inputs import Batch
+from titan_vlm.models.layers.head import Head, LMHead
+from titan_vlm.models.qwen3_vl.config import Qwen3VLConfig
+from titan_vlm.models.qwen3_vl.text import TextModel
+from titan_vlm.models.qwen3_vl.vision import VisionTower
+
+
+class Qwen3VL(nn.Module):
+    """The model of the Qwen3-VL technical report (arXiv 2511.21631).
+
+    Equal to transformers' `Qwen3VL(Moe)ForConditionalGeneration`, but for the padding and the
+    masks that packed documents make needless.
+    """
+
+    def __init__(self, config: Qwen3VLConfig):
+        super().__init__()
+        self.config = config
+        self.vision = VisionTower(config.vision)
+        self.text = TextModel(config.text)
+        self.lm_head = LMHead(config.text.hidden_size, config.text.vocab_size)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.text.embed.weight
+
+    def forward(self, batch: Batch, head: Head = F.linear) -> Tensor:
+        """`head` of the last hidden states; by default logits [B, S, V]."""
+        features_MD, deepstack = self.vision(batch.pixels_NC, batch.grids)
+        hidden_BSD = self.text(batch, features_MD, deepstack)
+        return self.lm_head(hidden_BSD, head)
+
+    def blocks(self) -> Iterator[tuple[str, nn.Module]]:
+        """The repeated units, in the order they run, with their names."""
+        for i, block in self.vision.blocks.items():
+            yield f"vision.blocks.{i}", block
+        for i, block in self.text.layers.items():
+            yield f"text.layers.{i}", block
+
+    def sharding_units(self) -> Iterator[nn.Module]:
+        """Modules whose parameters are gathered together, inner ones first."""
+        for _, block in self.blocks():
+            yield block
+        yield self.vision
+        if not self.config.tie_embeddings:  # a shared parameter must stay in one unit, the root
+            yield self.text.embed
+            yield self.lm_head
+
+    def branches(self) -> dict[str, list[str]]:
+        """Parameter names of the parts that are frozen or given a learning rate by name."""
+        branches: dict[str, list[str]] = {"vision": [], "projector": [], "text": []}
+        for name, _ in self.named_parameters():
+            if name.startswith(("vision.merger.", "vision.deepstack_mergers.")):
+                branches["projector"].append(name)
+            else:
+                branches["vision" if name.startswith("vision.") else "text"].append(name)
+        return branches
+
+    def expert_loads(self) -> dict[str, Tensor]:
+        """For each MoE layer, pairs per expert since `load_E` was last zeroed."""
+        return {name: block.moe.load_E for name, block in self.blocks() if hasattr(block, "moe")}

@@ -1,0 +1,71 @@
+"""The models that the trainer knows: one line each."""
+
+import difflib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from titan_vlm.errors import ConfigError
+from titan_vlm.models.qwen3_vl import config as qwen3_vl
+from titan_vlm.models.qwen3_vl.flops import flops as qwen3_vl_flops
+from titan_vlm.models.qwen3_vl.model import Qwen3VL
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What the trainer asks of a model family. `Any` is the family's own configuration."""
+
+    flavors: dict[str, Any]
+    config_from_hf: Callable[[dict], Any]
+    with_token_ids: Callable[[Any, dict[str, int], int], Any]
+    build: Callable[[Any], nn.Module]
+    flops: Callable[[Any, list[int], list[tuple[int, int, int]]], float]
+
+
+MODELS = {
+    "qwen3_vl": ModelSpec(
+        flavors=qwen3_vl.FLAVORS,
+        config_from_hf=qwen3_vl.from_hf,
+        with_token_ids=qwen3_vl.with_token_ids,
+        build=Qwen3VL,
+        flops=qwen3_vl_flops,
+    )
+}
+
+
+def model_spec(name: str) -> ModelSpec:
+    """The family called `name` (`model.name`).
+
+    Raises:
+        ConfigError: there is none; names the nearest.
+    """
+    return _lookup(MODELS, name, "model.name")
+
+
+def model_config(name: str, flavor: str, hf_path: str = "") -> Any:
+    """The dimensions of a flavour, or with flavour "hf" of a Hugging Face directory.
+
+    Raises:
+        ConfigError: unknown name or flavour, or no readable `config.json` in `hf_path`.
+    """
+    spec = model_spec(name)
+    if flavor != "hf":
+        return _lookup(spec.flavors, flavor, "model.flavor")
+    path = Path(hf_path) / "config.json"
+    try:
+        return spec.config_from_hf(json.loads(path.read_text()))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"model.hf_path: {path} cannot be read: {error}") from error
+
+
+def _lookup(table: dict[str, Any], name: str, setting: str) -> Any:
+    if name not in table:
+        nearest = difflib.get_close_matches(name, table, n=1, cutoff=0.0)[0]
+        raise ConfigError(
+            f"{setting} = {name!r}: expected one of {', '.join(table)}; the nearest is {nearest!r}"
+        )
+    return table[name]
