@@ -1,0 +1,125 @@
+"""Cross-entropy over a large vocabulary that never holds all logits.
+
+8,192 tokens x 151,936 words are 5 GB of float32 logits, and autograd keeps them two or three times.
+Here the head and the loss are one function: tokens are taken `chunk_tokens` at a time, and as soon
+as a chunk's logits exist its loss and its gradients are computed, *in the forward pass*. Nothing
+is computed twice and the logits of one chunk are all that ever exists. What waits for the backward
+pass is the gradient of the hidden states and of the weight, each as large as the thing itself;
+backward only multiplies them by the upstream gradient.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+IGNORE_LABEL = -100
+
+# B rows, S sequence, D width, V vocabulary, T valid tokens, C tokens of one chunk
+
+
+def chunked_cross_entropy(
+    hidden_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, chunk_tokens: int
+) -> Tensor:
+    """Sum of the cross-entropies of all positions whose label is not -100.
+
+    Logits are made in the dtype of `hidden_BSD` (under autocast: in autocast's); softmax, loss and
+    the accumulated weight gradient are float32 at least.
+
+    Args:
+        labels_BS: target of each position (already shifted), -100 where there is none.
+        chunk_tokens: how many tokens have logits at a time.
+
+    Returns:
+        A scalar, float32 or float64. With no valid target at all it is 0 and still part of the
+        graph, so that the hooks of a sharded model run on every rank.
+    """
+    device = hidden_BSD.device.type
+    dtype = hidden_BSD.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    return _ChunkedCrossEntropy.apply(
+        hidden_BSD, weight_VD, labels_BS, chunk_tokens, dtype, torch.is_grad_enabled()
+    )
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_BSD, weight_VD, labels_BS, chunk_tokens, dtype, grad_enabled):
+        # A custom function sees needs_input_grad even under no_grad, hence the extra argument.
+        needs_hidden = grad_enabled and ctx.needs_input_grad[0]
+        needs_weight = grad_enabled and ctx.needs_input_grad[1]
+        with torch.autocast(hidden_BSD.device.type, enabled=False):
+            loss, grad_hidden, grad_weight = _loss_and_gradients(
+                hidden_BSD, weight_VD, labels_BS, chunk_tokens, dtype, needs_hidden, needs_weight
+            )
+        ctx.gradients = (grad_hidden, grad_weight)
+        ctx.dtypes = (hidden_BSD.dtype, weight_VD.dtype)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        if ctx.gradients is None:
+            raise RuntimeError("chunked_cross_entropy: backward ran twice; its gradients are gone")
+        # Scaled in place: the weight gradient is as large as the vocabulary matrix.
+        grads = [
+            None if grad is None else grad.mul_(upstream).to(dtype)
+            for grad, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
+        ]
+        ctx.gradients = None
+        return *grads, None, None, None, None
+
+
+def _loss_and_gradients(
+    hidden_BSD: Tensor,
+    weight_VD: Tensor,
+    labels_BS: Tensor,
+    chunk_tokens: int,
+    dtype: torch.dtype,
+    needs_hidden: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    exact = torch.promote_types(dtype, torch.float32)
+    labels = labels_BS.flatten()
+    # Only tokens that count are multiplied with the vocabulary. The one wait for the device here.
+    index_T = (labels != IGNORE_LABEL).nonzero().squeeze(-1)
+    hidden_TD = hidden_BSD.flatten(0, -2)[index_T].to(dtype)
+    labels_T1 = labels[index_T].unsqueeze(-1)
+    weight = weight_VD.to(dtype)
+
+    loss = torch.zeros((), dtype=exact, device=hidden_BSD.device)
+    grad_hidden = torch.zeros_like(hidden_BSD, dtype=exact) if needs_hidden else None
+    grad_weight = torch.zeros_like(weight_VD, dtype=exact) if needs_weight else None
+
+    for start in range(0, index_T.numel(), chunk_tokens):
+        chunk = slice(start, start + chunk_tokens)
+        hidden_CD, labels_C1 = hidden_TD[chunk], labels_T1[chunk]
+        logits_CV = hidden_CD @ weight.t()
+        # Softmax in place: in float32 `exp_CV` is the memory of the logits, and stays the only
+        # [C, V] tensor.
+        exp_CV = logits_CV.to(exact)
+        exp_CV.sub_(exp_CV.amax(-1, keepdim=True))
+        target_C1 = exp_CV.gather(-1, labels_C1)
+        sum_C1 = exp_CV.exp_().sum(-1, keepdim=True)
+        loss += (sum_C1.log() - target_C1).sum()
+        if grad_hidden is None and grad_weight is None:
+            continue
+        # d loss / d logits = softmax - one_hot. The target's entry is subtracted before rounding
+        # to `dtype`: 0.999 - 1 would lose all its digits in bfloat16.
+        at_target_C1 = target_C1.exp() / sum_C1 - 1
+        grad_CV = torch.div(exp_CV, sum_C1, out=logits_CV)
+        grad_CV.scatter_(-1, labels_C1, at_target_C1.to(dtype))
+        if grad_hidden is not None:
+            grad_hidden.flatten(0, -2)[index_T[chunk]] = (grad_CV @ weight).to(exact)
+        if grad_weight is not None:
+            _add_product(grad_weight, grad_CV.t(), hidden_CD)
+        del logits_CV, exp_CV, grad_CV  # before the next chunk makes its own
+    return loss, grad_hidden, grad_weight
+
+
+def _add_product(total_VD: Tensor, a_VC: Tensor, b_CD: Tensor) -> None:
+    """`total_VD += a_VC @ b_CD`, the sum kept in the dtype of `total_VD`."""
+    if a_VC.dtype == total_VD.dtype:
+        total_VD.addmm_(a_VC, b_CD)
+    else:
+        total_VD.add_(a_VC @ b_CD)

@@ -1,0 +1,283 @@
+"""What a run reports: a line on the console, `metrics.jsonl`, and TensorBoard.
+
+Between two reports nothing waits for the device. Counts come from the host; loss, gradient norm
+and expert loads stay tensors on the device until a report is due, and only then are they read.
+Rates are over the wall time since the report before, without the time spent in `pause()`
+(validation, checkpoints).
+"""
+
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+
+from titan_vlm.config import Metrics
+from titan_vlm.training.heatmap import heat_map
+
+# Peak TFLOP/s of dense bfloat16 products, by a part of the device's name; the first match holds.
+PEAK_TFLOPS = {
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H200 NVL": 835.0,
+    "H100": 989.4,
+    "H200": 989.4,
+    "A100": 312.0,
+    "B200": 2250.0,
+}
+
+
+class MetricsLogger:
+    """Collects the counts of every step and reports each `log_every`-th.
+
+    A training loop is, as far as metrics go:
+
+        with metrics.waiting_for_data():
+            batch = next(batches)
+        metrics.count(tokens=..., positions=..., samples=..., images=..., flops=...)
+        ...
+        metrics.end_step(step, loss=loss, grad_norm=norm, learning_rates=rates, ...)
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        config: Metrics,
+        total_steps: int,
+        device: torch.device,
+        start_step: int = 0,
+        world_size: int = 1,
+        silent: bool = False,
+    ):
+        """Reports to the console and to files in `directory`.
+
+        Args:
+            start_step: steps already done. What an earlier process reported after it is dropped
+                from the files: those steps are about to run again.
+            world_size: devices that share the work; MFU is per device.
+            silent: write and print nothing, as every rank but the first does.
+        """
+        directory = Path(directory)
+        self.config, self.total_steps, self.device = config, total_steps, device
+        self.peak_tflops = world_size * (config.peak_tflops or _known_peak(device))
+        self.silent = silent
+        self._file = self._board = self._bar = None
+        if not silent:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._file = _open_until(directory / "metrics.jsonl", start_step)
+            if config.tensorboard:
+                self._board = _tensorboard(directory / "tensorboard", start_step)
+            if sys.stderr.isatty():
+                self._bar = _progress_bar(total_steps, start_step)
+        self._counts = dict.fromkeys(("tokens", "positions", "samples", "images", "flops"), 0)
+        self._data_wait = self._paused = 0.0
+        self._since = time.perf_counter()
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Time the loader: its share of the wall time is reported."""
+        start = time.perf_counter()
+        yield
+        self._data_wait += time.perf_counter() - start
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave what happens inside out of the rates."""
+        start = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - start
+
+    def count(
+        self, *, tokens: int, positions: int, samples: int, images: int, flops: float
+    ) -> None:
+        """Add a micro-batch: `tokens` that are no padding among `positions` in its rows."""
+        for name, value in locals().items():
+            if name != "self":
+                self._counts[name] += value
+
+    def due(self, step: int) -> bool:
+        """Whether `end_step` reports at `step`, counted from 1."""
+        return step % self.config.log_every == 0 or step == self.total_steps
+
+    def end_step(
+        self,
+        step: int,
+        *,
+        loss: Tensor,
+        grad_norm: Tensor,
+        learning_rates: dict[str, float],
+        expert_loads: dict[str, Tensor] | None = None,
+        skipped: dict[str, int] | None = None,
+    ) -> dict[str, Any] | None:
+        """Call after every step, counted from 1; returns the record where it reported one.
+
+        Args:
+            loss: of this very step, so that the curve of a resumed run is the same curve.
+            learning_rates: by group.
+            expert_loads: pairs per expert since the last report, by MoE layer; the caller zeroes
+                them after a report.
+            skipped: samples left out so far, by reason.
+        """
+        if self._bar is not None:
+            self._bar.update(1)
+        if not self.due(step) or self.silent:
+            return None
+        record: dict[str, Any] = {"step": step, "loss": float(loss), "grad_norm": float(grad_norm)}
+        record |= {f"lr/{name}": rate for name, rate in learning_rates.items()}
+        record |= self._rates()  # after the reads above, which wait for the step to be done
+        loads = {name: load_E.cpu() for name, load_E in (expert_loads or {}).items()}
+        for name, load_E in loads.items():
+            record |= {f"experts/{name}/{key}": x for key, x in load_summary(load_E).items()}
+        record |= {f"skipped/{reason}": number for reason, number in (skipped or {}).items()}
+        self._write(record)
+        if self._board is not None:
+            for size in sorted({load_E.numel() for load_E in loads.values()}):
+                load_LE = torch.stack([x for x in loads.values() if x.numel() == size])
+                self._board.add_image(
+                    f"experts/load of {size}", heat_map(relative_load(load_LE)), step
+                )
+        self.print(console_line(record, self.total_steps))
+        return record
+
+    def report(self, step: int, values: dict[str, float], prefix: str = "eval") -> None:
+        """Report values of another kind than a step's, validation's for instance."""
+        self._write({"step": step, **{f"{prefix}/{name}": x for name, x in values.items()}})
+        shown = " | ".join(f"{name} {x:.4f}" for name, x in values.items())
+        self.print(f"{prefix:>4} {step:>{len(str(self.total_steps))}} | {shown}")
+
+    def print(self, text: str) -> None:
+        """Print above the progress bar where there is one."""
+        if self.silent:
+            return
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stdout)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Finish the files and the bar."""
+        for part in (self._file, self._board, self._bar):
+            if part is not None:
+                part.close()
+
+    def _rates(self) -> dict[str, float]:
+        now = time.perf_counter()
+        seconds = max(now - self._since - self._paused, 1e-9)
+        counts = self._counts
+        tflops = counts["flops"] / seconds / 1e12
+        rates = {
+            "tokens_per_s": counts["tokens"] / seconds,
+            "samples_per_s": counts["samples"] / seconds,
+            "images_per_s": counts["images"] / seconds,
+            "padding": 1 - counts["tokens"] / max(counts["positions"], 1),
+            "tflops": tflops,
+            "memory_gib": _memory_gib(self.device),
+            "data_wait": self._data_wait / seconds,
+        }
+        if self.peak_tflops:
+            rates["mfu"] = tflops / self.peak_tflops
+        self._counts = dict.fromkeys(counts, 0)
+        self._data_wait = self._paused = 0.0
+        self._since = now
+        return rates
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self.silent:
+            return
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in record.items():
+                if name != "step":
+                    self._board.add_scalar(name, value, record["step"])
+
+
+def console_line(record: dict[str, Any], total_steps: int) -> str:
+    """One aligned line; what a run does not have (images, experts, a known peak) is left out."""
+    rates = [value for name, value in record.items() if name.startswith("lr/")]
+    parts = [
+        f"step {record['step']:>{len(str(total_steps))}}/{total_steps}",
+        f"loss {record['loss']:7.4f}",
+        f"grad {record['grad_norm']:7.3f}",
+        f"lr {max(rates, default=0.0):.2e}",
+        f"{record['tokens_per_s']:>9,.0f} tok/s",
+        f"{record['samples_per_s']:6.1f} samples/s",
+        f"{record['images_per_s']:6.1f} img/s",
+        f"pad {record['padding']:5.1%}",
+        f"{record['tflops']:7.2f} TFLOP/s",
+    ]
+    if "mfu" in record:
+        parts.append(f"MFU {record['mfu']:5.1%}")
+    parts += [f"{record['memory_gib']:5.1f} GiB", f"data {record['data_wait']:5.1%}"]
+    experts = {
+        key: [x for name, x in record.items() if name.startswith("experts/") and name.endswith(key)]
+        for key in ("/min", "/max")
+    }
+    if experts["/min"]:
+        parts.append(f"experts {min(experts['/min']):.2f}-{max(experts['/max']):.2f}")
+    skipped = sum(x for name, x in record.items() if name.startswith("skipped/"))
+    if skipped:
+        parts.append(f"skipped {skipped}")
+    return " | ".join(parts)
+
+
+def relative_load(counts_E: Tensor) -> Tensor:
+    """Loads as multiples of an even share: 1 everywhere is perfect balance. Zeros if all are."""
+    counts = counts_E.double()
+    return counts * counts.shape[-1] / counts.sum(-1, keepdim=True).clamp(min=1)
+
+
+def load_summary(counts_E: Tensor) -> dict[str, float]:
+    """The least and the most loaded expert in even shares; the entropy, 1 where all are even."""
+    load = relative_load(counts_E)
+    share = load / load.shape[-1]
+    entropy = torch.special.entr(share).sum().item() / max(math.log(load.shape[-1]), 1e-9)
+    return {"min": load.min().item(), "max": load.max().item(), "entropy": entropy}
+
+
+def _known_peak(device: torch.device) -> float:
+    if device.type != "cuda":
+        return 0.0
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), 0.0)
+
+
+def _memory_gib(device: torch.device) -> float:
+    """The most memory used so far: on CUDA allocated by PyTorch, on CPU resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS says bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def _open_until(path: Path, last_step: int) -> TextIO:
+    """`path` for appending, without the records after `last_step` and without a torn last line."""
+    kept = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= last_step:
+                    kept.append(line)
+            except ValueError:  # the process died while writing it
+                break
+    path.write_text("".join(f"{line}\n" for line in kept))
+    return path.open("a")
+
+
+def _tensorboard(directory: Path, start_step: int):
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(directory), purge_step=start_step + 1)
+
+
+def _progress_bar(total_steps: int, start_step: int):
+    from tqdm import tqdm
+
+    return tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True)

@@ -1,0 +1,144 @@
+"""AdamW: who is trained, at which learning rate, with or without weight decay; and clipping.
+
+Branches (`model.branches()`: vision, projector, text) and fnmatch patterns over parameter names
+are the two ways to speak of parameters, for freezing and for learning rates alike. A name that
+means nothing is refused, so that no option ever does nothing.
+"""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
+
+from titan_vlm.config import Optimizer as OptimizerConfig
+from titan_vlm.errors import ConfigError
+
+
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, freeze: Sequence[str] = ()
+) -> torch.optim.AdamW:
+    """AdamW over the parameters that `freeze` leaves trainable.
+
+    One group for each learning rate, with and without weight decay. `group["name"]` is "base" or
+    the key of `config.branch_lr`, with "/no_decay" behind it where nothing decays;
+    `group["initial_lr"]` is the rate that the schedule scales. Where several keys apply, a pattern
+    wins over a branch and a later key over an earlier one.
+
+    Raises:
+        ConfigError: a name in `freeze` or `config.branch_lr` matches nothing.
+    """
+    freeze_parameters(model, freeze)
+    lr_key = _learning_rate_keys(model, config.branch_lr)
+    groups: dict[tuple, dict] = {}
+    for name, parameter in model.named_parameters():  # a tied parameter comes once
+        if not parameter.requires_grad:
+            continue
+        key = lr_key.get(parameter, "base")
+        decays = _decays(name, parameter)
+        # One fused kernel cannot update DTensors of several meshes: a group for each mesh.
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        lr = config.branch_lr.get(key, config.lr)
+        group = groups.setdefault(
+            (key, decays, mesh),
+            {
+                "name": key if decays else f"{key}/no_decay",
+                "params": [],
+                "lr": lr,
+                "initial_lr": lr,
+                "weight_decay": config.weight_decay if decays else 0.0,
+            },
+        )
+        group["params"].append(parameter)
+    devices = {p.device.type for group in groups.values() for p in group["params"]}
+    fused = devices <= set(_get_fused_kernels_supported_devices())
+    return torch.optim.AdamW(
+        list(groups.values()), lr=config.lr, betas=tuple(config.betas), eps=config.eps, fused=fused
+    )
+
+
+def _decays(name: str, parameter: Tensor) -> bool:
+    """Decay shrinks matrices only.
+
+    Biases and norm scales do not decay, nor does the vision tower's table of positions, whose
+    rows stand for places and are not mixed by a product (as in ViT and SigLIP training). The token
+    embedding decays, as in Megatron-LM and transformers: where it is tied it is the head.
+    """
+    return parameter.ndim >= 2 and "pos_embed" not in name
+
+
+def _learning_rate_keys(model: nn.Module, branch_lr: dict[str, float]) -> dict[nn.Parameter, str]:
+    branches = model.branches()
+    by_weight = sorted(branch_lr, key=lambda key: key not in branches)  # stable: patterns last
+    return {
+        parameter: key
+        for key in by_weight
+        for parameter in match_parameters(model, key, "optimizer.branch_lr").values()
+    }
+
+
+def freeze_parameters(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Set `requires_grad` to False for all parameters that a pattern or branch name matches.
+
+    Raises:
+        ConfigError: a pattern matches nothing, or nothing would be left to train.
+    """
+    for pattern in patterns:
+        for parameter in match_parameters(model, pattern, "training.freeze").values():
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            f"training.freeze = {list(patterns)} freezes every parameter; leave one to train"
+        )
+
+
+def match_parameters(model: nn.Module, pattern: str, setting: str) -> dict[str, nn.Parameter]:
+    """Parameters of the branch called `pattern`, or else those whose names match it.
+
+    Raises:
+        ConfigError: nothing matches; names `setting` and the nearest branch or parameter.
+    """
+    # With duplicates: a tied parameter answers to each of its names.
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    branches = model.branches()
+    names = branches.get(pattern) or [name for name in parameters if fnmatchcase(name, pattern)]
+    if not names:
+        known = [*(name for name in branches if branches[name]), *parameters]
+        nearest = difflib.get_close_matches(pattern, known, n=1, cutoff=0.0)
+        raise ConfigError(
+            f"{setting}: {pattern!r} matches no branch ({', '.join(branches)}) and no parameter; "
+            f"the nearest is {nearest[0]!r}"
+        )
+    return {name: parameters[name] for name in names}
+
+
+@torch.no_grad()
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale all gradients so that their common norm is at most `max_norm` (0: leave them).
+
+    Returns the norm before scaling, as a scalar on the gradients' device: nobody waits for it.
+
+    DTensors of different meshes (experts and the rest) cannot meet in one operation. Each mesh
+    gives its own norm, which is one all-reduce of a scalar per mesh dimension it is sharded over;
+    the norm of those norms is the total.
+    """
+    by_mesh: dict[object, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            grad = parameter.grad
+            mesh = grad.device_mesh if isinstance(grad, DTensor) else None
+            by_mesh.setdefault(mesh, []).append(parameter)
+    norms = []
+    for group in by_mesh.values():
+        norm = nn.utils.get_total_norm([p.grad for p in group])
+        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    if not norms:
+        return torch.zeros(())
+    total = torch.linalg.vector_norm(torch.stack(norms))
+    if max_norm > 0:
+        for group in by_mesh.values():
+            nn.utils.clip_grads_with_norm_(group, max_norm, total)
+    return total
