@@ -1,0 +1,129 @@
+"""Packing: first-fit in a window, nothing lost silently, state small and sufficient."""
+
+import numpy as np
+import pytest
+
+from titan_vlm.data.chat import Sample
+from titan_vlm.data.packing import Counts, EpochOrder, Shard
+from titan_vlm.errors import DataError
+
+
+def sample(number, length):
+    tokens = np.full(length, number)
+    labels = np.ones(length, dtype=np.int64)
+    positions = np.tile(np.arange(length), (3, 1))
+    return Sample(str(number), f"f:{number}", tokens, labels, positions, np.zeros(length, bool), [])
+
+
+def lengths(*values):
+    """A source whose k-th sample has the k-th length, over and over."""
+    return lambda position: sample(position, values[position % len(values)])
+
+
+def ids(row):
+    return [int(s.id) for s in row]
+
+
+def test_first_fit_takes_the_oldest_first_and_fills_the_rest_in_order():
+    shard = Shard(0, 1, lengths(5, 4, 2, 1, 3, 6), seq_len=8, window=3)
+    assert ids(shard.next_row()) == [0, 2, 3]  # 5, 4 does not fit, 2, then 1 has moved up
+    assert ids(shard.next_row()) == [1, 4]  # 4 was the oldest; 3 fits
+    assert ids(shard.next_row())[0] == 5
+
+
+def test_no_sample_waits_for_ever_and_none_is_seen_twice():
+    values = [7, 3, 3, 2, 2, 1, 6, 5, 8, 1]
+    shard = Shard(0, 1, lengths(*values), seq_len=8, window=4)
+    emitted = [k for _ in range(200) for k in ids(shard.next_row())]
+    assert len(set(emitted)) == len(emitted)
+    waiting = {position for position, _ in shard.pending}
+    assert set(emitted) | waiting == set(range(max(emitted) + 1)) | waiting
+    assert all(abs(place - k) < 8 for place, k in enumerate(emitted))
+
+
+def test_shards_take_every_vth_sample_of_the_order():
+    for number in range(3):
+        shard = Shard(number, 3, lengths(4), seq_len=8, window=2)
+        assert ids(shard.next_row() + shard.next_row()) == [
+            number,
+            number + 3,
+            number + 6,
+            number + 9,
+        ]
+
+
+def test_state_restores_the_following_rows_after_any_row():
+    def make():
+        return Shard(1, 2, lengths(5, 4, 2, 1, 3, 6, 9), seq_len=8, window=4)
+
+    shard = make()
+    states, rows = [], []
+    for _ in range(30):
+        states.append(shard.state_dict())
+        rows.append(ids(shard.next_row()))
+    for k in range(27):
+        again = make()
+        again.load_state_dict(states[k])
+        assert [ids(again.next_row()) for _ in range(3)] == rows[k : k + 3]
+        assert len(states[k]["pending"]) <= 4
+
+
+def test_overlong_samples_are_dropped_and_counted_or_cut_and_counted():
+    dropping = Shard(0, 1, lengths(3, 9), seq_len=8, window=2)
+    assert ids(dropping.next_row()) == [0, 2]
+    assert dropping.counts.dropped >= 1 and dropping.counts.cut == 0
+    cutting = Shard(0, 1, lengths(9), seq_len=8, window=2, overlong="cut")
+    assert [len(s) for s in cutting.next_row()] == [8]
+    assert cutting.counts.cut >= 1 and cutting.counts.dropped == 0
+
+
+def test_source_of_which_nothing_fits_ends_with_an_error_instead_of_searching_for_ever():
+    with pytest.raises(DataError, match="none of the first 100 samples fits.*seq_len = 8"):
+        Shard(0, 1, lengths(9), seq_len=8).next_row()
+
+
+def test_bad_samples_are_skipped_counted_and_logged_with_their_line(caplog):
+    def fetch(position):
+        if position == 1:
+            raise DataError("train.jsonl:2: malformed JSON")
+        return sample(position, 4)
+
+    shard = Shard(0, 1, fetch, seq_len=8, window=2)
+    assert ids(shard.next_row()) == [0, 2]
+    assert shard.counts.bad == 1
+    assert "skipped train.jsonl:2: malformed JSON" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("seen", "bad", "fraction", "raises"),
+    [
+        (99, 5, 0.01, False),  # too few to tell
+        (100, 1, 0.01, False),  # exactly the share that is allowed
+        (100, 2, 0.01, True),
+        (10_000, 101, 0.01, True),
+        (9, 9, 0.01, False),
+        (10, 10, 0.01, True),  # nothing at all can be used
+        (3, 1, 0.0, True),  # none is allowed
+        (10_000, 10_000, 1.0, False),
+    ],
+)
+def test_too_many_bad_samples_end_the_run(seen, bad, fraction, raises):
+    counts = Counts(seen=seen, bad=bad)
+    if not raises:
+        return counts.check(fraction, "f:1: broken")
+    with pytest.raises(DataError, match=f"{bad} of {seen} samples are bad.*f:1: broken"):
+        counts.check(fraction, "f:1: broken")
+
+
+def test_every_epoch_is_a_permutation_that_depends_on_seed_and_epoch_alone():
+    order, again, other = EpochOrder(50, 3), EpochOrder(50, 3), EpochOrder(50, 4)
+    first, second = ([order[j] for j in range(e * 50, e * 50 + 50)] for e in (0, 1))
+    assert sorted(first) == list(range(50)) and sorted(second) == list(range(50, 100))
+    assert first != [k - 50 for k in second]
+    assert [again[j] for j in (75, 3)] == [order[75], order[3]]  # no need to have come by
+    assert [other[j] for j in range(50)] != first
+
+
+def test_empty_source_is_refused():
+    with pytest.raises(DataError, match="no samples"):
+        EpochOrder(0, 0)

@@ -1,0 +1,256 @@
+"""Who makes which row: ranks and workers take turns at the virtual shards.
+
+Row i of the run goes to rank i mod R; of a rank's rows, one after the other, worker w makes every
+W-th. Both follow from i alone and V is a multiple of R x W, so each shard has one owner:
+
+    V = 8, R = 2, W = 2      row     0   1   2   3   4   5   6   7   8 ...
+                             shard   0   1   2   3   4   5   6   7   0
+                             rank    0   1   0   1   0   1   0   1   0
+                             worker  0   0   1   1   0   0   1   1   0
+
+The state of a loader is the number of rows the run has consumed and the state of every shard this
+rank owns. It names no rank and no worker: the union over the ranks (`merge_states`) restores
+under any R and W. torchdata's StatefulDataLoader keeps a snapshot of every worker as of the last
+row handed out, however far the workers have read ahead; ours gathers the shards from those.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator
+
+from torch.utils.data import IterableDataset, get_worker_info
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from titan_vlm.data.chat import Encoder, Sample
+from titan_vlm.data.images import VisualSpec
+from titan_vlm.data.packing import Counts, EpochOrder, Shard
+from titan_vlm.data.rows import Row, make_row
+from titan_vlm.data.sources import build_source
+from titan_vlm.errors import ConfigError, DataError
+
+SHARDS = "shards"  # marks our part of a snapshot, wherever torchdata keeps it
+
+
+def build_loader(
+    config, tokenizer, spec: VisualSpec, dp_rank: int = 0, dp_size: int = 1
+) -> "RowLoader":
+    """The endless training rows of one rank, as `[data]`, `[training]` and `run.seed` say."""
+    data = config.data
+    source = build_source(data, data.split, config.run.seed)
+    rows = PackedRows(
+        source,
+        Encoder(tokenizer, spec),
+        seq_len=config.training.seq_len,
+        seed=config.run.seed,
+        virtual_shards=data.virtual_shards,
+        window=data.pack_window,
+        overlong=data.overlong,
+        max_bad_fraction=data.max_bad_fraction,
+        rank=dp_rank,
+        ranks=dp_size,
+    )
+    return RowLoader(rows, data.num_workers)
+
+
+class RowLoader:
+    """Iterate for rows; `state_dict` is as of the last row handed out."""
+
+    def __init__(self, rows: "PackedRows", num_workers: int = 0):
+        check_shards(rows.virtual_shards, rows.ranks, num_workers)
+        self.rows, self.num_workers = rows, num_workers
+        self.loader = self.iterator = None
+
+    def __iter__(self) -> Iterator[Row]:
+        return self
+
+    def __next__(self) -> Row:
+        if self.iterator is None:
+            self._start()
+        row = next(self.iterator)
+        if isinstance(row, DataError):
+            raise row
+        self.rows.consumed += self.rows.ranks
+        return row
+
+    def _start(self) -> None:
+        if self.num_workers:
+            # Before the fork: else the tokenizers library warns in every worker.
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        with warnings.catch_warnings():
+            # torchdata's call of a function that torch has deprecated; nothing to do here.
+            warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+            self.loader = StatefulDataLoader(
+                self.rows,
+                batch_size=None,
+                num_workers=self.num_workers,  # each runs a single torch thread
+                collate_fn=as_is,
+                snapshot_every_n_steps=1,
+            )
+        self.iterator = iter(self.loader)
+
+    def state_dict(self) -> dict:
+        """{"rows": rows consumed by the whole run, "shards": {number: state}} of this rank."""
+        shards = dict(self.rows.initial)
+        if self.iterator is not None:
+            shards |= find_shards(self.loader.state_dict())
+        return {"rows": self.rows.consumed, SHARDS: shards}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes a state of any number of ranks and workers; the next row follows its last."""
+        self.close()
+        self.rows.restore(state)
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self.loader = self.iterator = None
+
+
+class PackedRows(IterableDataset):
+    """The rows of one rank; in a worker process, of that worker."""
+
+    def __init__(
+        self,
+        source,
+        encoder: Encoder,
+        *,
+        seq_len: int,
+        seed: int = 0,
+        virtual_shards: int = 16,
+        window: int = 16,
+        overlong: str = "drop",
+        max_bad_fraction: float = 0.01,
+        rank: int = 0,
+        ranks: int = 1,
+    ):
+        self.source, self.encoder, self.seq_len = source, encoder, seq_len
+        self.order = EpochOrder(len(source), seed)
+        self.virtual_shards, self.window, self.overlong = virtual_shards, window, overlong
+        self.max_bad_fraction = max_bad_fraction
+        self.rank, self.ranks = rank, ranks
+        self.consumed = 0
+        self.initial: dict[int, dict] = {}
+
+    def restore(self, state: dict) -> None:
+        if state["rows"] % self.ranks:
+            raise ConfigError(
+                f"resume after {state['rows']} rows on {self.ranks} data-parallel ranks: the rows "
+                "must divide evenly; use a number of ranks that divides global_batch_size"
+            )
+        self.consumed = state["rows"]
+        self.initial = {
+            int(number): shard  # a state kept as JSON has texts for keys
+            for number, shard in state[SHARDS].items()
+            if int(number) % self.ranks == self.rank
+        }
+
+    def __iter__(self) -> "RowIterator":
+        worker = get_worker_info()
+        turn, turns = (worker.id, worker.num_workers) if worker else (0, 1)
+        return RowIterator(self, turn, turns)
+
+    def fetch(self, position: int) -> Sample:
+        return self.encoder.encode(self.source[self.order[position]])
+
+
+class RowIterator:
+    """The rows of one worker, with the state of its shards."""
+
+    def __init__(self, rows: PackedRows, turn: int, turns: int):
+        self.rows = rows
+        self.next_index = rows.consumed + rows.rank + rows.ranks * turn
+        self.stride = rows.ranks * turns
+        self.reason = ""
+        self.shards = {}
+        self.states = {}
+        for number in range(self.next_index % self.stride, rows.virtual_shards, self.stride):
+            shard = Shard(
+                number,
+                rows.virtual_shards,
+                rows.fetch,
+                rows.seq_len,
+                rows.window,
+                rows.overlong,
+                self._check_bad,
+            )
+            self.shards[number] = shard
+            if number in rows.initial:
+                self.states[number] = rows.initial[number]
+
+    def __iter__(self) -> "RowIterator":
+        return self
+
+    def __next__(self) -> Row | DataError:
+        try:
+            return self._next_row()
+        except DataError as error:
+            return error  # for RowLoader to raise: a worker would wrap it in its own traceback
+
+    def _next_row(self) -> Row:
+        number = self.next_index % self.rows.virtual_shards
+        self.next_index += self.stride
+        shard = self.shards[number]
+        if number in self.states and not shard.counts.seen:
+            shard.load_state_dict(self.states[number])
+        before = shard.counts + Counts()
+        samples = shard.next_row()
+        row = make_row(
+            samples,
+            self.rows.seq_len,
+            self.rows.encoder,
+            lambda sample, error: shard.bad(f"{sample.origin}: {error}"),
+        )
+        row.counts = shard.counts - before
+        self.states[number] = shard.state_dict()
+        return row
+
+    def _check_bad(self, reason: str) -> None:
+        total = sum((shard.counts for shard in self.shards.values()), Counts())
+        total.check(self.rows.max_bad_fraction, reason)
+
+    def state_dict(self) -> dict:
+        return {SHARDS: dict(self.states)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Nothing to do: `PackedRows.restore` is the one way back, for any number of workers."""
+
+
+def merge_states(states: list[dict]) -> dict:
+    """The states of all ranks as one that any number of ranks can restore."""
+    rows = {state["rows"] for state in states}
+    assert len(rows) == 1, f"ranks stopped at different rows: {sorted(rows)}"
+    merged = {}
+    for state in states:
+        merged |= state[SHARDS]
+    return {"rows": rows.pop(), SHARDS: merged}
+
+
+def find_shards(snapshot: object) -> dict[int, dict]:
+    """The shards of all workers in a snapshot of torchdata's, wherever it keeps them."""
+    if not isinstance(snapshot, dict):
+        return {}
+    if SHARDS in snapshot:
+        return snapshot[SHARDS]
+    found = {}
+    for value in snapshot.values():
+        found |= find_shards(value)
+    return found
+
+
+def check_shards(virtual_shards: int, ranks: int, num_workers: int) -> None:
+    """Every shard must have one owner among ranks and workers."""
+    owners = ranks * max(num_workers, 1)
+    if virtual_shards % owners == 0:
+        return
+    below, above = virtual_shards // owners * owners, (virtual_shards // owners + 1) * owners
+    nearest = f"{below} or {above}" if below else str(above)
+    workers = [w for w in range(1, virtual_shards + 1) if virtual_shards % (ranks * w) == 0]
+    best = min(workers, key=lambda w: abs(w - num_workers), default=None)
+    instead = f", or data.num_workers = {best}" if best is not None else ""
+    raise ConfigError(
+        f"data.virtual_shards = {virtual_shards} is no multiple of {owners} ({ranks} data-parallel "
+        f"rank(s) x {max(num_workers, 1)} worker(s)); use {nearest}{instead}"
+    )
+
+
+def as_is(row: Row | DataError) -> Row | DataError:
+    return row

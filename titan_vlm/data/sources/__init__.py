@@ -1,0 +1,30 @@
+"""Where samples come from. Every source is a map: `len(source)`, and `source[i]` for any i >= 0,
+where i % len is the sample and i // len the epoch (only sources that augment look at it).
+
+    digits      the embedded demo                                      data/digits.py
+    llava       JSONL, `conversations` + `image`                       jsonl.py
+    openai      JSONL, `messages` with parts                           jsonl.py
+    webdataset  tar shards of pictures with captions                   webdataset.py
+    hf          a Hugging Face dataset, from disk or hub               hf.py
+
+A sample that cannot be used raises DataError when it is read, naming its file and line.
+"""
+
+from titan_vlm.config import Data
+from titan_vlm.data.digits import DigitsSource
+from titan_vlm.data.sources.hf import HfSource
+from titan_vlm.data.sources.jsonl import JsonlSource
+from titan_vlm.data.sources.webdataset import WebDatasetSource
+
+BUILDERS = {
+    "digits": lambda data, path, split, seed: DigitsSource(split, seed),
+    "llava": lambda data, path, split, seed: JsonlSource(path, "llava", data.image_root),
+    "openai": lambda data, path, split, seed: JsonlSource(path, "openai", data.image_root),
+    "webdataset": lambda data, path, split, seed: WebDatasetSource(path, data.caption_prompt),
+    "hf": lambda data, path, split, seed: HfSource(data, path, split),
+}
+
+
+def build_source(data: Data, split: str, seed: int, path: str = ""):
+    """The source that `[data]` names; `path` replaces data.path (validation data elsewhere)."""
+    return BUILDERS[data.source](data, path or data.path, split, seed)

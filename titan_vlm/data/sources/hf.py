@@ -1,0 +1,122 @@
+"""Hugging Face datasets, from a `save_to_disk` directory or the hub (needs the package datasets).
+
+With data.messages_column: conversations in OpenAI form, whose image parts take the pictures of
+data.image_column in order. Without: data.caption_prompt asks and data.text_column answers.
+"""
+
+import os
+from functools import partial
+
+from titan_vlm.data.sample import ImageRef, RawSample, open_bytes, open_file
+from titan_vlm.data.sources.messages import from_openai
+from titan_vlm.data.sources.webdataset import caption_sample
+from titan_vlm.errors import ConfigError, DataError
+
+
+class HfSource:
+    def __init__(self, data, path: str, split: str):
+        self.path, self.data = path, data
+        self.rows = open_dataset(path, split)
+        answers = data.messages_column or data.text_column
+        names = self.rows.column_names
+        if answers not in names:
+            key = "messages_column" if data.messages_column else "text_column"
+            raise ConfigError(f'data.{key} = "{answers}": {path} has {", ".join(names)}')
+        self.has_images = data.image_column in names
+        if not self.has_images and not data.messages_column:
+            raise ConfigError(
+                f'data.image_column = "{data.image_column}": {path} has {", ".join(names)}'
+            )
+        if self.has_images:
+            self.rows = undecoded(self.rows, data.image_column)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> RawSample:
+        number = index % len(self)
+        origin = f"{self.path}:{number}"
+        row = self.rows[number]
+        try:
+            pictures = self._pictures(row, origin) if self.has_images else []
+            if not self.data.messages_column:
+                text = row[self.data.text_column]
+                if not isinstance(text, str):
+                    raise DataError(f"{self.data.text_column}: expected a text, got {text!r:.60}")
+                return caption_sample(origin, origin, pictures, self.data.caption_prompt, text)
+            messages = self._messages(row[self.data.messages_column], pictures)
+        except DataError as error:
+            raise DataError(f"{origin}: {error}") from error
+        return RawSample(origin, messages, origin)
+
+    def _messages(self, messages: object, pictures: list[ImageRef]) -> list[dict]:
+        if not isinstance(messages, list):
+            raise DataError(f"{self.data.messages_column}: expected a list of messages")
+        waiting = iter(pictures)
+        placed = 0
+
+        def attached() -> ImageRef:
+            nonlocal placed
+            placed += 1
+            picture = next(waiting, None)
+            if picture is None:
+                raise DataError(
+                    f"image-token mismatch: image part {placed} of {len(pictures)} image(s)"
+                )
+            return picture
+
+        converted = from_openai(messages, self.data.image_root, attached)
+        if placed != len(pictures):
+            raise DataError(
+                f"image-token mismatch: {placed} image part(s) for {len(pictures)} image(s)"
+            )
+        return converted
+
+    def _pictures(self, row: dict, origin: str) -> list[ImageRef]:
+        value = row[self.data.image_column]
+        cells = value if isinstance(value, list) else [value] if value is not None else []
+        return [self._picture(cell, origin) for cell in cells]
+
+    def _picture(self, cell: object, origin: str) -> ImageRef:
+        if isinstance(cell, str):
+            cell = {"path": os.path.join(self.data.image_root, cell)}
+        if isinstance(cell, dict) and cell.get("bytes"):
+            return ImageRef(origin, partial(open_bytes, cell["bytes"]))
+        if isinstance(cell, dict) and cell.get("path"):
+            return ImageRef(cell["path"], partial(open_file, cell["path"]))
+        raise DataError(f"{self.data.image_column}: expected an image, got {cell!r:.60}")
+
+
+def open_dataset(path: str, split: str):
+    """A Dataset from disk (its split, where it has several) or from the hub."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ConfigError(
+            'data.source = "hf" needs the package datasets (pip install datasets)'
+        ) from error
+    if not path:
+        raise ConfigError('data.path: the source "hf" needs a directory or a hub name')
+    if not os.path.isdir(path):
+        return datasets.load_dataset(path, split=split)
+    try:
+        found = datasets.load_from_disk(path)
+    except FileNotFoundError as error:
+        raise ConfigError(f"data.path: {path} was not written by save_to_disk: {error}") from error
+    if isinstance(found, datasets.DatasetDict):
+        if split not in found:
+            raise ConfigError(f'data.split = "{split}": {path} has {", ".join(found)}')
+        return found[split]
+    return found
+
+
+def undecoded(rows, column: str):
+    """The dataset with images as bytes or paths: decoding is ours to do, and later."""
+    import datasets
+
+    feature = rows.features[column]
+    if isinstance(feature, datasets.Image):
+        return rows.cast_column(column, datasets.Image(decode=False))
+    if isinstance(getattr(feature, "feature", None), datasets.Image):
+        return rows.cast_column(column, type(feature)(datasets.Image(decode=False)))
+    return rows

@@ -1,0 +1,155 @@
+"""The two conversation forms in circulation, turned into messages with references to pictures.
+
+    LLaVA    {"image": "cat.jpg", "conversations": [
+                 {"from": "human", "value": "<image>\\nWhat is this?"},
+                 {"from": "gpt", "value": "A cat."}]}
+    OpenAI   {"messages": [
+                 {"role": "user", "content": [
+                     {"type": "image_url", "image_url": {"url": "cat.jpg"}},
+                     {"type": "text", "text": "What is this?"}]},
+                 {"role": "assistant", "content": "A cat."}]}
+
+Pictures may be paths (relative to a root), file:// URLs or base64 data URLs. Nothing is fetched
+from a network: a run must not depend on what a server answers that day.
+"""
+
+import base64
+import binascii
+import os
+from collections.abc import Callable
+from functools import partial
+from urllib.parse import unquote, urlparse
+
+from titan_vlm.data.sample import (
+    ImageRef,
+    VideoRef,
+    image_part,
+    open_bytes,
+    open_file,
+    text_part,
+    video_part,
+)
+from titan_vlm.errors import DataError
+
+IMAGE_MARKER = "<image>"
+LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+LLAVA_ROLES |= {"system": "system"}
+ROLES = ("system", "user", "assistant", "tool")
+
+
+def from_llava(record: dict, root: str) -> list[dict]:
+    """Messages of a LLaVA record; the k-th <image> marker is the k-th of its images."""
+    turns = expect(record, "conversations", list, "the record")
+    named = record.get("image") or []
+    paths = [named] if isinstance(named, str) else named
+    images = iter([image_ref(path, root) for path in paths])
+    markers, messages = 0, []
+    for turn in turns:
+        sender = expect(turn, "from", str, "a turn")
+        if sender not in LLAVA_ROLES:
+            raise DataError(f'from: "{sender}", expected one of {", ".join(LLAVA_ROLES)}')
+        texts = expect(turn, "value", str, "a turn").split(IMAGE_MARKER)
+        parts = [text_part(texts[0])] if texts[0] else []
+        for text in texts[1:]:
+            markers += 1
+            if markers <= len(paths):
+                parts.append(image_part(next(images)))
+            if text:
+                parts.append(text_part(text))
+        messages.append({"role": LLAVA_ROLES[sender], "content": parts})
+    if markers != len(paths):
+        raise DataError(
+            f"image-token mismatch: {markers} {IMAGE_MARKER} marker(s) for {len(paths)} image(s)"
+        )
+    return messages
+
+
+def from_openai(messages: list, root: str, attached: Callable[[], ImageRef] | None = None):
+    """Messages with every part's picture as a reference.
+
+    `attached` hands out, in order, pictures that are stored beside the messages: parts of type
+    image that name no file of their own.
+    """
+    result = []
+    for message in messages:
+        role = expect(message, "role", str, "a message")
+        if role not in ROLES:
+            raise DataError(f'role: "{role}", expected one of {", ".join(ROLES)}')
+        content = message.get("content")
+        if isinstance(content, str):
+            content = [text_part(content)]
+        elif isinstance(content, list):
+            content = [convert_part(part, root, attached) for part in content]
+        else:
+            raise DataError("content: expected a text or a list of parts")
+        result.append({"role": role, "content": content})
+    return result
+
+
+def convert_part(part: dict, root: str, attached: Callable[[], ImageRef] | None) -> dict:
+    kind = expect(part, "type", str, "a part")
+    if kind == "text":
+        return text_part(expect(part, "text", str, "a text part"))
+    if kind == "image_url":
+        url = part.get("image_url")
+        url = url.get("url") if isinstance(url, dict) else url
+        if not isinstance(url, str):
+            raise DataError('image_url: expected {"url": "..."}')
+        return image_part(image_ref(url, root))
+    if kind == "image":
+        where = part.get("image") or part.get("path") or part.get("url")
+        if where is None and attached is not None:
+            return image_part(attached())
+        return image_part(image_ref(where, root))
+    if kind == "video":
+        return video_part(video_ref(part, root))
+    raise DataError(f'part type "{kind}": expected text, image_url, image or video')
+
+
+def video_ref(part: dict, root: str) -> VideoRef:
+    """A list of frames with their rate, or a video file."""
+    video = part.get("video") or part.get("path")
+    if isinstance(video, str):
+        path = local_path(video, root)
+        return VideoRef(path, path=path)
+    if not isinstance(video, list) or not video:
+        raise DataError("video: expected a file or a list of frames")
+    fps = part.get("fps")
+    if fps is not None and not (isinstance(fps, int | float) and fps > 0):
+        raise DataError(f"fps: expected a positive number, got {fps!r}")
+    frames = [image_ref(frame, root) for frame in video]
+    return VideoRef(f"video of {len(frames)} frames ({frames[0].name} ...)", frames, fps)
+
+
+def image_ref(where: object, root: str) -> ImageRef:
+    """A reference from a path, a file:// URL or a base64 data URL."""
+    if not isinstance(where, str) or not where:
+        raise DataError(f"image: expected a path or URL, got {where!r}")
+    if where.startswith("data:"):
+        head, _, payload = where.partition(",")
+        if not head.endswith(";base64"):
+            raise DataError("image: a data URL must be base64")
+        try:
+            data = base64.b64decode(payload, validate=True)
+        except binascii.Error as error:
+            raise DataError(f"image: broken base64 data: {error}") from error
+        return ImageRef("inline image", partial(open_bytes, data))
+    path = local_path(where, root)
+    return ImageRef(path, partial(open_file, path))
+
+
+def local_path(where: str, root: str) -> str:
+    url = urlparse(where)
+    if url.scheme == "file":
+        return unquote(url.path)
+    if url.scheme in ("http", "https", "ftp", "s3", "gs"):
+        raise DataError(f"{where}: remote files are not fetched; download it and give its path")
+    return os.path.join(root, where)
+
+
+def expect(record: object, key: str, kind: type, what: str):
+    """record[key] if it is there and of this type."""
+    value = record.get(key) if isinstance(record, dict) else None
+    if not isinstance(value, kind):
+        raise DataError(f'{what} needs "{key}" ({kind.__name__}), got {value!r:.60}')
+    return value

@@ -1,0 +1,135 @@
+"""WebDataset tar shards: consecutive members of one name are one sample.
+
+    000000003.jpg, 000000003.txt, 000000003.json    picture, caption, facts
+
+One pass over the members' headers when opened notes where picture and caption lie; both are read
+from there at random later. So shards must be plain tar, not compressed.
+"""
+
+import json
+import os
+import tarfile
+from array import array
+from functools import partial
+
+from titan_vlm.data.sample import ImageRef, RawSample, image_part, open_slice, text_part
+from titan_vlm.data.sources.files import Concatenated, RandomAccessFile, find_files
+from titan_vlm.errors import DataError
+
+PICTURES = ("jpg", "jpeg", "png", "webp")
+CAPTIONS = ("txt", "json")  # the first that is there
+CAPTION_KEYS = ("caption", "text")
+
+
+class TarShard:
+    """Where the samples of one shard lie: four numbers and a flag each."""
+
+    def __init__(self, path: str):
+        self.path, self.file = path, RandomAccessFile(path)
+        # Per sample: offset and length of the picture, of the caption, and of the name.
+        self.spans = array("Q")
+        self.is_json = array("b")
+        try:
+            with tarfile.open(path, "r:") as tar:
+                self._scan(tar)
+        except tarfile.TarError as error:
+            raise DataError(f"{path}: not a plain tar file: {error}") from error
+
+    def _scan(self, tar: tarfile.TarFile) -> None:
+        names, current = {}, None
+        for member in tar:
+            if not member.isfile():
+                continue
+            folder, _, file = member.name.rpartition("/")
+            stem, _, suffix = file.partition(".")
+            if (folder, stem) != current:
+                self._add(names)
+                names, current = {}, (folder, stem)
+            names[suffix.lower()] = member
+        self._add(names)
+
+    def _add(self, members: dict[str, tarfile.TarInfo]) -> None:
+        if not members:
+            return
+        picture = next((members[s] for s in PICTURES if s in members), None)
+        suffix = next((s for s in CAPTIONS if s in members), None)
+        caption = members[suffix] if suffix else None
+        for member in (picture, caption):
+            self.spans.extend((member.offset_data, member.size) if member else (0, 0))
+        # The name is in the header block before the data: read again only when it is wanted.
+        self.spans.append(next(iter(members.values())).offset_data - tarfile.BLOCKSIZE)
+        self.is_json.append(suffix == "json")
+
+    def __len__(self) -> int:
+        return len(self.is_json)
+
+    def key(self, index: int) -> str:
+        header = self.file.read(self.spans[5 * index + 4], 100)
+        name = header.split(b"\0")[0].decode(errors="replace")
+        folder, slash, file = name.rpartition("/")
+        return folder + slash + file.partition(".")[0]
+
+    def origin(self, index: int) -> str:
+        return f"{self.path}:{self.key(index)}"
+
+    def picture(self, index: int) -> ImageRef:
+        offset, length = self.spans[5 * index : 5 * index + 2]
+        if not offset:
+            raise DataError(f"no picture ({', '.join(PICTURES)})")
+        return ImageRef(self.origin(index), partial(open_slice, self.path, offset, length))
+
+    def caption(self, index: int) -> str:
+        offset, length = self.spans[5 * index + 2 : 5 * index + 4]
+        if not offset:
+            raise DataError(f"no caption ({', '.join(CAPTIONS)})")
+        data = self.file.read(offset, length)
+        try:
+            text = data.decode()
+            if not self.is_json[index]:
+                return text.strip()
+            record = json.loads(text)
+        except ValueError as error:
+            raise DataError(f"malformed caption: {error}") from error
+        found = record if isinstance(record, dict) else {}
+        text = next((found[key] for key in CAPTION_KEYS if isinstance(found.get(key), str)), None)
+        if text is None:
+            raise DataError(f"caption: expected a text under {' or '.join(CAPTION_KEYS)}")
+        return text.strip()
+
+
+class WebDatasetSource:
+    """Pictures with captions: the prompt asks, the caption answers."""
+
+    def __init__(self, path: str, prompt: str):
+        files = find_files(path, (".tar",), "webdataset")
+        self.index = Concatenated([TarShard(file) for file in files])
+        self.prompt = prompt
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, index: int) -> RawSample:
+        shard, number = self.index.locate(index % len(self))
+        origin = shard.origin(number)
+        try:
+            picture, caption = shard.picture(number), shard.caption(number)
+        except DataError as error:
+            raise DataError(f"{origin}: {error}") from error
+        return caption_sample(
+            f"{os.path.basename(origin)}", origin, [picture], self.prompt, caption
+        )
+
+
+def caption_sample(
+    id: str, origin: str, pictures: list[ImageRef], prompt: str, caption: str
+) -> RawSample:
+    """Pictures and a caption as a conversation."""
+    return RawSample(
+        id,
+        [
+            {"role": "user", "content": [*map(image_part, pictures), text_part(prompt)]},
+            {"role": "assistant", "content": [text_part(caption)]},
+        ],
+        origin,
+        {"answer": caption},
+    )

@@ -1,0 +1,53 @@
+"""Tokenizers: any Hugging Face directory, or the embedded one of the demo.
+
+The demo's tokenizer is a byte-level BPE of 512 entries in Qwen's manner, written by
+scripts/train_tokenizer.py. Ids of special tokens are always looked up by name.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from titan_vlm.errors import ConfigError
+
+DEMO_TOKENIZER = Path(__file__).parent / "demo_tokenizer"
+VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
+IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
+
+
+@dataclass(frozen=True)
+class VisualTokenIds:
+    image: int
+    video: int
+    vision_start: int
+    vision_end: int
+
+
+def load_tokenizer(path: str = ""):
+    """The fast tokenizer of a directory; "" is the embedded demo tokenizer."""
+    from transformers import AutoTokenizer
+
+    directory = Path(path) if path else DEMO_TOKENIZER
+    if not directory.is_dir():
+        raise ConfigError(f"data.tokenizer: {path} is no directory with a Hugging Face tokenizer")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(directory))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"data.tokenizer: {directory} holds no usable tokenizer: {error}"
+        ) from error
+    if not tokenizer.is_fast:
+        raise ConfigError(f"data.tokenizer: {directory} has no tokenizer.json (a fast tokenizer)")
+    if not tokenizer.chat_template:
+        raise ConfigError(f"data.tokenizer: {directory} has no chat template")
+    visual_token_ids(tokenizer)
+    return tokenizer
+
+
+def visual_token_ids(tokenizer) -> VisualTokenIds:
+    """Ids of the tokens that stand for, and surround, pictures."""
+    names = (IMAGE_PAD, VIDEO_PAD, VISION_START, VISION_END)
+    vocabulary = tokenizer.get_vocab()
+    missing = [name for name in names if name not in vocabulary]
+    if missing:
+        raise ConfigError(f"data.tokenizer: the vocabulary has no {', '.join(missing)}")
+    return VisualTokenIds(*(vocabulary[name] for name in names))

@@ -1,0 +1,172 @@
+"""Video preparation, bit-identical to transformers' Qwen3VLVideoProcessor.
+
+Frames are sampled at `video_fps`, paired (`temporal_patch_size` frames are one patch in time) and
+resized together; each pair is announced in the text by its mean time, "<0.2 seconds>". The limits
+on pixels hold for the whole clip, and no cap per frame is applied (the processor's default).
+
+    9 frames at 24 fps, 4 sampled:  frame   0    3    5    8
+                                    pairs  [0    3]  [5    8]
+                                    times  <0.1 s>   <0.3 s>      grid (2, h, w)
+
+Resizing differs from images: it is torch's bicubic with antialiasing on bytes (what torchvision
+calls), whose roundings are not PIL's. The value table differs too, in the last bit: there mean
+and deviation are scaled to bytes first.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from titan_vlm.data.images import MAX_ASPECT_RATIO, MEAN, STD, VisualSpec, byte_patches
+from titan_vlm.data.sample import VideoRef, to_rgb
+from titan_vlm.errors import DataError
+
+MIN_FRAMES = 4
+MAX_FRAMES = 768
+
+
+@dataclass
+class VideoPlan:
+    """What the size and length of a video decide, before any pixel is decoded."""
+
+    grid: tuple[int, int, int]
+    frame_indices: list[int]
+    timestamps: list[float]  # one per grid[0]
+
+
+def plan_video(video: VideoRef, spec: VisualSpec) -> VideoPlan:
+    """Reads the header of the file (or of the first frame) only."""
+    total, fps, width, height = video_header(video, spec)
+    indices = sample_frames(total, fps, spec)
+    new_w, new_h = smart_resize_video(len(indices), width, height, spec, video.name)
+    times = pair_times(indices, fps, spec.temporal_patch_size)
+    grid = (len(times), new_h // spec.patch_size, new_w // spec.patch_size)
+    return VideoPlan(grid, indices, times)
+
+
+def prepare_video(video: VideoRef, plan: VideoPlan, spec: VisualSpec) -> np.ndarray:
+    """float32 [N, C] of the planned frames."""
+    frames_THWC = load_frames(video, plan.frame_indices)
+    _, grid_h, grid_w = plan.grid
+    size = (grid_h * spec.patch_size, grid_w * spec.patch_size)
+    if frames_THWC.shape[1:3] != size:
+        frames_TCHW = torch.from_numpy(frames_THWC).permute(0, 3, 1, 2).contiguous()
+        resized = F.interpolate(
+            frames_TCHW, size=size, mode="bicubic", align_corners=False, antialias=True
+        )
+        frames_THWC = resized.permute(0, 2, 3, 1).numpy()
+    if missing := -len(frames_THWC) % spec.temporal_patch_size:
+        frames_THWC = np.concatenate([frames_THWC, np.repeat(frames_THWC[-1:], missing, 0)])
+    patches_NCtP = byte_patches(frames_THWC, spec.temporal_patch_size, spec)
+    return VIDEO_TABLE[patches_NCtP].reshape(len(patches_NCtP), spec.patch_dim)
+
+
+def video_text(times: list[float], vision_start: str, pad: str, vision_end: str) -> str:
+    """What stands for a video in the text: per pair of frames its time and one placeholder."""
+    return "".join(f"<{time:.1f} seconds>{vision_start}{pad}{vision_end}" for time in times)
+
+
+def sample_frames(total: int, fps: float, spec: VisualSpec) -> list[int]:
+    """Indices of the frames that are looked at, evenly spread, about `video_fps` a second."""
+    count = int(total / fps * spec.video_fps)
+    count = min(max(count, MIN_FRAMES), MAX_FRAMES, total)
+    return np.linspace(0, total - 1, count).round().astype(int).tolist()
+
+
+def pair_times(indices: list[int], fps: float, temporal: int) -> list[float]:
+    """Seconds of each patch in time: the mean of its first and last frame."""
+    padded = indices + [indices[-1]] * (-len(indices) % temporal)
+    times = [index / fps for index in padded]
+    return [(times[i] + times[i + temporal - 1]) / 2 for i in range(0, len(times), temporal)]
+
+
+def smart_resize_video(
+    frames: int, width: int, height: int, spec: VisualSpec, name: str
+) -> tuple[int, int]:
+    """(width, height) in multiples of `factor`; the limits hold for all frames together."""
+    factor, temporal = spec.factor, spec.temporal_patch_size
+    if frames < temporal:
+        raise DataError(
+            f"{name}: {frames} frame(s), a video needs at least {temporal}; use an image"
+        )
+    if height < factor or width < factor:
+        scale = max(factor / height, factor / width)
+        height, width = int(height * scale), int(width * scale)
+    ratio = max(height, width) / min(height, width)
+    if ratio > MAX_ASPECT_RATIO:
+        raise DataError(f"{name}: aspect ratio {ratio:.0f}, at most {MAX_ASPECT_RATIO}")
+    new_h, new_w = round(height / factor) * factor, round(width / factor) * factor
+    volume = round(frames / temporal) * temporal * new_h * new_w
+    if volume > spec.video_max_pixels:
+        shrink = math.sqrt(frames * height * width / spec.video_max_pixels)
+        new_h = max(factor, math.floor(height / shrink / factor) * factor)
+        new_w = max(factor, math.floor(width / shrink / factor) * factor)
+    elif volume < spec.video_min_pixels:
+        grow = math.sqrt(spec.video_min_pixels / (frames * height * width))
+        new_h = math.ceil(height * grow / factor) * factor
+        new_w = math.ceil(width * grow / factor) * factor
+    return new_w, new_h
+
+
+def video_header(video: VideoRef, spec: VisualSpec) -> tuple[int, float, int, int]:
+    """(number of frames, frames per second, width, height)."""
+    if not video.path:
+        if not video.frames:
+            raise DataError(f"{video.name}: a video without frames")
+        # Frames without a rate were sampled by whoever stored them: taken as they are.
+        fps = video.fps or spec.video_fps
+        return len(video.frames), fps, *video.frames[0].header_size()
+    try:
+        with import_av().open(video.path) as container:
+            stream = container.streams.video[0]
+            # Some containers do not say how many frames they hold: count the packets instead.
+            total = stream.frames or sum(1 for p in container.demux(stream) if p.size)
+            return total, float(stream.average_rate), stream.width, stream.height
+    except (OSError, IndexError, ValueError, TypeError) as error:
+        raise DataError(f"{video.path}: cannot be read as a video: {error}") from error
+
+
+def load_frames(video: VideoRef, indices: list[int]) -> np.ndarray:
+    """uint8 [T, H, W, 3] of the wanted frames, in order."""
+    if not video.path:
+        images = [video.frames[index].load_rgb() for index in indices]
+        if any(image.size != images[0].size for image in images):
+            raise DataError(f"{video.name}: frames of different sizes")
+        return np.stack([np.asarray(image) for image in images])
+    wanted, found = set(indices), {}
+    try:
+        with import_av().open(video.path) as container:
+            for number, frame in enumerate(container.decode(video=0)):
+                if number in wanted:
+                    found[number] = np.asarray(to_rgb(frame.to_image()))
+                if number >= indices[-1]:
+                    break
+    except (OSError, IndexError, ValueError) as error:
+        raise DataError(f"{video.path}: broken video: {error}") from error
+    if len(found) < len(wanted):
+        raise DataError(f"{video.path}: broken video: ends before frame {indices[-1]}")
+    return np.stack([found[index] for index in indices])
+
+
+def import_av():
+    """PyAV, which only video files need."""
+    try:
+        import av
+    except ImportError as error:
+        raise DataError(
+            "video files need the package av (pip install av); lists of frames do not"
+        ) from error
+    return av
+
+
+def _video_table() -> np.ndarray:
+    """Byte -> float32 value, with transformers' roundings for videos (mean and std times 255)."""
+    mean = torch.tensor(MEAN) * (1.0 / (1 / 255))
+    std = torch.tensor(STD) * (1.0 / (1 / 255))
+    return ((torch.arange(256, dtype=torch.float32) - mean) / std).numpy()
+
+
+VIDEO_TABLE = _video_table()
