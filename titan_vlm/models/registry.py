@@ -1,16 +1,15 @@
 """The models that the trainer knows: one line each."""
 
 import difflib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from titan_vlm.errors import ConfigError
 from titan_vlm.models.qwen3_vl import config as qwen3_vl
+from titan_vlm.models.qwen3_vl import hf as qwen3_vl_hf
 from titan_vlm.models.qwen3_vl.flops import flops as qwen3_vl_flops
 from titan_vlm.models.qwen3_vl.model import Qwen3VL
 
@@ -20,19 +19,26 @@ class ModelSpec:
     """What the trainer asks of a model family. `Any` is the family's own configuration."""
 
     flavors: dict[str, Any]
-    config_from_hf: Callable[[dict], Any]
-    with_token_ids: Callable[[Any, dict[str, int], int], Any]
+    # directory -> the dimensions its config.json states
+    read_hf_config: Callable[[str], Any]
+    with_token_ids: Callable[[Any, Any, int], Any]
     build: Callable[[Any], nn.Module]
     flops: Callable[[Any, list[int], list[tuple[int, int, int]]], float]
+    # (model, directory): fill the model from a Hugging Face directory
+    load_hf: Callable[[nn.Module, str], None]
+    # (state, config, directory, ...): write one; `qwen3_vl/hf.py` names the options
+    save_hf: Callable[..., None]
 
 
 MODELS = {
     "qwen3_vl": ModelSpec(
         flavors=qwen3_vl.FLAVORS,
-        config_from_hf=qwen3_vl.from_hf,
+        read_hf_config=qwen3_vl_hf.read_config,
         with_token_ids=qwen3_vl.with_token_ids,
         build=Qwen3VL,
         flops=qwen3_vl_flops,
+        load_hf=qwen3_vl_hf.load_hf,
+        save_hf=qwen3_vl_hf.save_hf,
     )
 }
 
@@ -53,13 +59,13 @@ def model_config(name: str, flavor: str, hf_path: str = "") -> Any:
         ConfigError: unknown name or flavour, or no readable `config.json` in `hf_path`.
     """
     spec = model_spec(name)
+    named = _lookup(spec.flavors | {"hf": None}, flavor, "model.flavor")
     if flavor != "hf":
-        return _lookup(spec.flavors, flavor, "model.flavor")
-    path = Path(hf_path) / "config.json"
+        return named
     try:
-        return spec.config_from_hf(json.loads(path.read_text()))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(f"model.hf_path: {path} cannot be read: {error}") from error
+        return spec.read_hf_config(hf_path)
+    except ConfigError as error:
+        raise ConfigError(f"model.hf_path = {error}") from error
 
 
 def _lookup(table: dict[str, Any], name: str, setting: str) -> Any:

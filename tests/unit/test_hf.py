@@ -1,0 +1,620 @@
+"""Hugging Face directories: both expert layouts, refusals, exact round trips, streaming."""
+
+import json
+import logging
+import subprocess
+import sys
+import textwrap
+import weakref
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from scripts import convert
+from scripts.hf_reference import (
+    ask_ours,
+    ask_reference,
+    load_reference,
+    make_document,
+    new_reference,
+    pack,
+    random_picture,
+    tiny_config,
+)
+from titan_vlm.config import config_to_toml, load_config
+from titan_vlm.data.images import VisualSpec
+from titan_vlm.data.processor_config import image_processor_config, video_processor_config
+from titan_vlm.data.tokenizer import load_tokenizer, visual_token_ids
+from titan_vlm.errors import ConfigError
+from titan_vlm.models import safetensors_io
+from titan_vlm.models.init import init_weights
+from titan_vlm.models.qwen3_vl.config import FLAVORS, from_hf, to_hf, with_token_ids
+from titan_vlm.models.qwen3_vl.hf import (
+    HFTensors,
+    copy_into,
+    default_layout,
+    links,
+    load_hf,
+    read_config,
+    save_hf,
+)
+from titan_vlm.models.qwen3_vl.model import Qwen3VL
+from titan_vlm.models.registry import model_config, model_spec
+from titan_vlm.models.safetensors_io import INDEX, SINGLE
+from titan_vlm.training.checkpoint import Checkpointer
+
+ROOT = Path(__file__).resolve().parents[2]
+EXPERTS = "model.language_model.layers.0.mlp.experts"
+# D = 64: no square expert tensor, gate_up square, down square
+NO_SQUARE, GATE_UP_SQUARE, DOWN_SQUARE = 24, 32, 64
+
+
+def build(config, seed=0, dtype=torch.float32):
+    model = Qwen3VL(config).to(dtype)
+    init_weights(model, seed, 0.1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer()
+
+
+@pytest.fixture
+def save(tmp_path, tokenizer):
+    """Saves a model under a name and returns the directory."""
+    spec = VisualSpec(65536, 1 << 24, 65536, 1 << 24)
+    processors = {
+        "preprocessor_config.json": image_processor_config(spec),
+        "video_preprocessor_config.json": video_processor_config(spec),
+    }
+
+    def call(model, name="saved", dtype=torch.float32, **options):
+        save_hf(
+            model.state_dict() if isinstance(model, Qwen3VL) else model,
+            options.pop("config", None) or model.config,
+            tmp_path / name,
+            tokenizer=tokenizer,
+            processor_configs=processors,
+            dtype=dtype,
+            **options,
+        )
+        return tmp_path / name
+
+    return call
+
+
+def tensors(directory):
+    """Everything in the files, whatever their number."""
+    return {k: v for file in directory.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+def rewrite(directory, change):
+    """Save a single-file directory again after `change(tensors)`."""
+    content = tensors(directory)
+    change(content)
+    save_file(content, directory / SINGLE, {"format": "pt"})
+
+
+def assert_same(a: Mapping, b: Mapping):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
+
+
+def refusal(directory, config):
+    """The error of loading, after which the model is as it was."""
+    model = build(config, seed=5)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ConfigError) as caught:
+        load_hf(model, directory)
+    assert_same(model.state_dict(), before)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ------------------------------------------------------------------------- names and dimensions
+
+
+@pytest.mark.parametrize("flavor", FLAVORS)
+def test_every_flavor_has_the_tensors_of_transformers_model(flavor):
+    import transformers
+
+    config = FLAVORS[flavor]
+    hf = to_hf(config)
+    assert from_hf(json.loads(json.dumps(hf))) == config
+    dims = {k: hf[k] for k in hf if k not in ("model_type", "architectures", "dtype")}
+    kind = hf["architectures"][0].removesuffix("ForConditionalGeneration")
+    with torch.device("meta"):
+        model = getattr(transformers, hf["architectures"][0])(
+            getattr(transformers, f"{kind}Config")(**dims)
+        )
+    ours = links(config, dict.fromkeys(range(config.text.num_layers), "transformers"))
+    theirs = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert {link.theirs: link.their_shape for link in ours} == theirs
+
+
+def test_flavors_have_the_published_number_of_parameters():
+    published = {
+        "2b": 2_127_532_032,
+        "4b": 4_437_815_808,
+        "8b": 8_767_123_696,
+        "32b": 33_357_390_064,
+        "30b-a3b": 31_070_754_032,
+        "235b-a22b": 235_670_022_896,
+    }
+    for flavor, count in published.items():
+        with torch.device("meta"):
+            assert sum(p.numel() for p in Qwen3VL(FLAVORS[flavor]).parameters()) == count, flavor
+
+
+def test_unknown_model_and_flavor_name_the_nearest():
+    with pytest.raises(ConfigError, match="model.name = 'qwen3vl'.*'qwen3_vl'"):
+        model_spec("qwen3vl")
+    with pytest.raises(ConfigError, match="model.flavor = '30b_a3b'.*'30b-a3b'"):
+        model_config("qwen3_vl", "30b_a3b")
+
+
+def test_flavor_hf_takes_the_dimensions_of_a_directory(tmp_path):
+    config = tiny_config(moe=True)
+    (tmp_path / "config.json").write_text(json.dumps(to_hf(config)))
+    assert model_config("qwen3_vl", "hf", str(tmp_path)) == config
+    with pytest.raises(ConfigError, match="model.hf_path = .*nowhere"):
+        model_config("qwen3_vl", "hf", str(tmp_path / "nowhere"))
+
+
+# ------------------------------------------------------------------------------ expert layouts
+
+
+@pytest.mark.parametrize("hidden", [NO_SQUARE, GATE_UP_SQUARE, DOWN_SQUARE])
+@pytest.mark.parametrize("layout", ["published", "transformers"])
+def test_either_layout_is_written_and_told_apart(save, hidden, layout):
+    model = build(tiny_config(moe=True, moe_intermediate_size=hidden))
+    directory = save(model, layout=layout)
+    gate_up, down = model.text.layers["0"].moe.experts.parameters()
+    written = tensors(directory)
+    turn = (lambda x: x) if layout == "published" else (lambda x: x.transpose(1, 2))
+    assert torch.equal(written[f"{EXPERTS}.gate_up_proj"], turn(gate_up))
+    assert torch.equal(written[f"{EXPERTS}.down_proj"], turn(down))
+
+    read = build(model.config, seed=1)
+    load_hf(read, directory)
+    assert_same(read.state_dict(), model.state_dict())
+    assert set(HFTensors(directory, model.config).layouts.values()) == {layout}
+
+
+@pytest.mark.parametrize("hidden", [NO_SQUARE, GATE_UP_SQUARE, DOWN_SQUARE])
+def test_transformers_reads_the_default_layout_correctly(save, hidden):
+    model = build(tiny_config(moe=True, moe_intermediate_size=hidden))
+    reference = load_reference(save(model), torch.float32)
+    experts = reference.model.language_model.layers[0].mlp.experts
+    gate_up, down = model.text.layers["0"].moe.experts.parameters()
+    assert torch.equal(experts.gate_up_proj, gate_up.transpose(1, 2))
+    assert torch.equal(experts.down_proj, down.transpose(1, 2))
+
+
+@pytest.mark.parametrize("hidden", [GATE_UP_SQUARE, DOWN_SQUARE])
+def test_transformers_misreads_a_square_tensor_of_the_published_layout(save, hidden, caplog):
+    """Why the default is another one there; should this fail, `default_layout` can be simpler."""
+    model = build(tiny_config(moe=True, moe_intermediate_size=hidden))
+    assert default_layout(model.config) == "transformers"
+    reference = load_reference(save(model, layout="published"), torch.float32)
+    assert "published" in caplog.text  # whoever asks for it is warned
+    experts = reference.model.language_model.layers[0].mlp.experts
+    gate_up, down = model.text.layers["0"].moe.experts.parameters()
+    right = (
+        torch.equal(experts.gate_up_proj, gate_up.transpose(1, 2)),
+        torch.equal(experts.down_proj, down.transpose(1, 2)),
+    )
+    assert right == (hidden != GATE_UP_SQUARE, hidden != DOWN_SQUARE)
+
+
+@pytest.mark.parametrize("turned", ["gate_up_proj", "down_proj"])
+def test_two_tensors_of_different_layouts_are_refused(save, turned):
+    directory = save(build(tiny_config(moe=True)), layout="published")
+    name = f"{EXPERTS}.{turned}"
+    rewrite(directory, lambda c: c.update({name: c[name].transpose(1, 2).contiguous()}))
+    message = refusal(directory, tiny_config(moe=True))
+    assert f"1 of another shape: {name}" in message
+
+
+# ------------------------------------------------------------------------------------ round trip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("layout", ["published", "transformers"])
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+@pytest.mark.parametrize("shard", [10**9, 40_000], ids=["single", "sharded"])
+def test_round_trip_is_bit_identical(save, dtype, layout, moe, shard):
+    model = build(tiny_config(moe), dtype=dtype)
+    directory = save(model, dtype=dtype, layout=layout, max_shard_bytes=shard)
+    assert (directory / INDEX).exists() == (shard < 10**9)
+    read = Qwen3VL(read_config(directory)).to(dtype)
+    load_hf(read, directory)
+    assert_same(read.state_dict(), model.state_dict())
+    # and from the files' side: what was read writes the same files
+    again = save(read, "again", dtype, layout=layout, max_shard_bytes=shard)
+    for file in directory.iterdir():
+        assert file.read_bytes() == (again / file.name).read_bytes(), file.name
+
+
+def test_a_shard_is_no_larger_than_asked_unless_one_tensor_is(save):
+    model = build(tiny_config(moe=True))
+    directory = save(model, max_shard_bytes=100_000)
+    index = json.loads((directory / INDEX).read_text())
+    assert set(index["weight_map"]) == tensors(directory).keys()
+    files = sorted(directory.glob("model-*.safetensors"))
+    assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors" and len(files) > 3
+    for file in files:
+        content = load_file(file)
+        size = sum(t.nbytes for t in content.values())
+        assert size <= 100_000 or len(content) == 1
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors(directory).values())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+def test_transformers_loads_an_export_cleanly_and_computes_the_same(save, tied, moe, tokenizer):
+    config = tiny_config(moe, tied)
+    config = with_token_ids(
+        replace(config, text=replace(config.text, vocab_size=600)),
+        visual_token_ids(tokenizer),
+        len(tokenizer),
+    )
+    model = build(config)
+    directory = save(model, max_shard_bytes=200_000)
+    assert ("lm_head.weight" in tensors(directory)) != tied
+    reference = load_reference(directory, torch.float32)  # refuses any key that does not fit
+    document = make_document(config, [random_picture(config, "image", (1, 4, 6), 1)], 1)
+    (logits,) = ask_ours(model, pack([[document]], 64, config, reference)).logits
+    torch.testing.assert_close(
+        logits, ask_reference(reference, [document]).logits[0], atol=1e-5, rtol=1e-5
+    )
+
+
+def test_export_has_everything_that_transformers_asks_for(save, tokenizer):
+    from transformers import (
+        AutoConfig,
+        AutoTokenizer,
+        GenerationConfig,
+        Qwen2VLImageProcessorPil,
+    )
+
+    directory = save(build(tiny_config(moe=True)), dtype=torch.bfloat16)
+    assert AutoConfig.from_pretrained(directory).dtype == torch.bfloat16
+    loaded = AutoTokenizer.from_pretrained(directory)
+    assert loaded.chat_template == tokenizer.chat_template
+    assert loaded.get_vocab() == tokenizer.get_vocab()
+    assert GenerationConfig.from_pretrained(directory).eos_token_id == tokenizer.eos_token_id
+    assert Qwen2VLImageProcessorPil.from_pretrained(directory).patch_size == 16
+    assert (directory / "video_preprocessor_config.json").exists()
+
+
+def test_sharded_parameters_are_saved_whole(save, tmp_path):
+    """As after bf16 training on one process, where FSDP2 wraps every parameter."""
+    plain = build(tiny_config(moe=True))
+    expected = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    dist.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{tmp_path}/store")
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for unit in plain.sharding_units():
+            fully_shard(unit, mesh=mesh)
+        fully_shard(plain, mesh=mesh)
+        state = get_model_state_dict(plain)
+        directory = save(state, config=plain.config)
+        assert save(state, "none", config=plain.config, write=False)
+        assert not (tmp_path / "none").exists()
+    finally:
+        dist.destroy_process_group()
+    read = build(plain.config, seed=1)
+    load_hf(read, directory)
+    assert_same(read.state_dict(), expected)
+
+
+def test_a_sharded_parameter_takes_its_part():
+    dist.init_process_group("fake", rank=2, world_size=4, store=FakeStore())
+    try:
+        mesh = init_device_mesh("cpu", (4,))
+        parameter = distribute_tensor(torch.zeros(7, 3), mesh, [Shard(0)], src_data_rank=None)
+        whole = torch.arange(21.0).view(7, 3)
+        copy_into(parameter, whole)
+        assert torch.equal(parameter.to_local(), whole[4:6])
+    finally:
+        dist.destroy_process_group()
+
+
+# -------------------------------------------------------------------------------------- refusals
+
+
+def test_one_error_names_missing_unexpected_and_misshapen_tensors(save):
+    model = build(tiny_config(moe=True))
+    directory = save(model)
+
+    def change(content):
+        del content["model.visual.merger.norm.weight"], content["lm_head.weight"]
+        content["model.language_model.layers.9.input_layernorm.weight"] = torch.ones(64)
+        content["model.visual.pos_embed.weight"] = torch.ones(81, 32)
+
+    rewrite(directory, change)
+    message = refusal(directory, model.config)
+    assert str(directory) in message
+    assert "2 missing: model.visual.merger.norm.weight, lm_head.weight" in message
+    assert "1 unexpected: model.language_model.layers.9.input_layernorm.weight" in message
+    assert "1 of another shape: model.visual.pos_embed.weight is [81, 32] there" in message
+    assert "[64, 32] in the model" in message
+
+
+def test_many_problems_are_counted_not_listed(save):
+    directory = save(build(tiny_config(moe=False)))
+    message = refusal(directory, tiny_config(moe=False, num_layers=6))
+    assert "22 missing" in message and "and 17 more" in message and len(message) < 800
+
+
+def test_a_checkpoint_of_other_dimensions_is_refused(save):
+    directory = save(build(tiny_config(moe=True)))
+    message = refusal(directory, tiny_config(moe=False))
+    assert "missing" in message and "unexpected" in message and "experts" in message
+
+
+def test_damaged_files_are_named(save):
+    model = build(tiny_config(moe=False))
+    directory = save(model, max_shard_bytes=100_000)
+    victim = sorted(directory.glob("*.safetensors"))[1]
+    content = victim.read_bytes()
+
+    victim.write_bytes(content[:-100])
+    assert f"{victim} is damaged or truncated" in refusal(directory, model.config)
+    victim.write_bytes(content[:4])
+    assert f"{victim} is damaged or truncated" in refusal(directory, model.config)
+    victim.unlink()
+    assert f"{victim} is missing" in refusal(directory, model.config)
+    save_file({"other": torch.ones(1)}, victim)
+    assert f"{victim} lacks model." in refusal(directory, model.config)
+    (directory / INDEX).write_text('{"weight_map": ')
+    assert f"{directory / INDEX} is damaged" in refusal(directory, model.config)
+    (directory / INDEX).unlink()
+    assert f"{directory} holds neither" in refusal(directory, model.config)
+
+
+def test_quantised_tensors_are_refused(save):
+    model = build(tiny_config(moe=False))
+    directory = save(model)
+    name = "model.language_model.layers.0.mlp.up_proj.weight"
+    rewrite(directory, lambda c: c.update({name: c[name].to(torch.float8_e4m3fn)}))
+    message = refusal(directory, model.config)
+    assert name in message and "F8_E4M3" in message
+
+
+def test_harmless_extras_are_ignored(save):
+    model = build(tiny_config(moe=False, tied=True))
+    directory = save(model)
+
+    def change(content):
+        content["model.language_model.rotary_emb.inv_freq"] = torch.ones(8)
+        content["lm_head.weight"] = content["model.language_model.embed_tokens.weight"].clone()
+
+    rewrite(directory, change)
+    read = build(model.config, seed=1)
+    load_hf(read, directory)
+    assert_same(read.state_dict(), model.state_dict())
+
+    rewrite(directory, lambda content: content["lm_head.weight"].add_(1))
+    assert "lm_head.weight differs" in refusal(directory, model.config)
+
+
+def test_names_of_a_model_saved_without_its_head_are_understood(tmp_path):
+    reference = new_reference(tiny_config(moe=False, tied=True))
+    reference.model.save_pretrained(tmp_path)
+    assert "visual.pos_embed.weight" in tensors(tmp_path)
+    model = build(tiny_config(moe=False, tied=True))
+    load_hf(model, tmp_path)
+    assert torch.equal(model.text.norm.weight, reference.model.language_model.norm.weight)
+
+
+def test_settings_that_no_shape_shows_are_compared_too(save, caplog):
+    config = tiny_config(moe=True)
+    directory = save(build(config))
+    other = replace(config, text=replace(config.text, rope_theta=5e6, max_positions=8192))
+    with caplog.at_level(logging.WARNING):
+        load_hf(build(other), directory)
+    assert [r.getMessage() for r in caplog.records] == [
+        f"{directory} was trained with text rope_theta = 10000.0; the model has 5000000.0"
+    ]
+
+
+# ------------------------------------------------------------------------- complete or not at all
+
+
+def test_an_interrupted_export_leaves_the_older_one(save, tmp_path):
+    model = build(tiny_config(moe=False))
+    before = {p.name: p.read_bytes() for p in save(model).iterdir()}
+
+    class Broken(dict):
+        def __getitem__(self, name):
+            if name == "text.norm.weight":
+                raise OSError("no space left on device")
+            return super().__getitem__(name)
+
+    with pytest.raises(OSError, match="no space"):
+        save(Broken(build(model.config, seed=1).state_dict()), config=model.config)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "saved").iterdir()} == before
+
+    save(build(model.config, seed=1), max_shard_bytes=100_000)  # replaces it, leaving nothing
+    assert not (tmp_path / "saved" / SINGLE).exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["saved"]
+
+
+def test_an_export_never_replaces_other_files(save, tmp_path):
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "thesis.txt").write_text("precious")
+    with pytest.raises(ConfigError, match="holds no Hugging Face model"):
+        save(build(tiny_config(moe=False)))
+    assert (tmp_path / "saved" / "thesis.txt").read_text() == "precious"
+
+
+# -------------------------------------------------------------------------------------- streaming
+
+
+def test_saving_asks_for_one_tensor_of_a_file_at_a_time(save):
+    class Lazy(Mapping):
+        """Makes every tensor when asked; counts how many are alive."""
+
+        def __init__(self, state):
+            self.state, self.alive, self.most = state, weakref.WeakSet(), 0
+
+        def __getitem__(self, name):
+            tensor = self.state[name].clone()
+            self.alive.add(tensor)
+            self.most = max(self.most, len(self.alive))
+            return tensor
+
+        def __iter__(self):
+            return iter(self.state)
+
+        def __len__(self):
+            return len(self.state)
+
+    model = build(tiny_config(moe=True))
+    lazy = Lazy(model.state_dict())
+    save(lazy, config=model.config)
+    assert lazy.most <= 3  # query, key and value of the vision tower are one tensor there
+
+
+def test_vision_queries_read_only_their_rows(save, monkeypatch):
+    model = build(tiny_config(moe=False))
+    directory = save(model)
+    read, rows = safetensors_io.TensorInfo.read, []
+
+    def spy(self, part=None):
+        if self.name.endswith("0.attn.qkv.weight"):
+            rows.append(part)
+        return read(self, part)
+
+    monkeypatch.setattr(safetensors_io.TensorInfo, "read", spy)
+    load_hf(model, directory)
+    assert rows == [slice(0, 32), slice(32, 64), slice(64, 96)]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_of_loading_is_the_model_and_one_tensor(save):
+    """In a process of its own: resident memory, mapped pages of the files included."""
+    config = tiny_config(
+        moe=True, moe_intermediate_size=400, hidden_size=256, intermediate_size=1024, num_layers=10
+    )
+    directory = save(build(config), max_shard_bytes=200_000_000)
+    size = sum(t.nbytes for t in tensors(directory).values())
+    largest = max(t.nbytes for t in tensors(directory).values())
+    assert size > 80_000_000 > 10 * largest
+    code = f"""
+        from titan_vlm.models.qwen3_vl.hf import load_hf, read_config
+        from titan_vlm.models.qwen3_vl.model import Qwen3VL
+        model = Qwen3VL(read_config({str(directory)!r}))
+        for parameter in model.parameters():
+            parameter.data.fill_(1.0)
+        def peak():
+            open("/proc/self/clear_refs", "w").write("5")
+        def status(key):
+            lines = open("/proc/self/status").read().splitlines()
+            return next(int(x.split()[1]) * 1024 for x in lines if x.startswith(key))
+        peak()
+        before = status("VmRSS")
+        load_hf(model, {str(directory)!r})
+        print(status("VmHWM") - before)
+    """
+    out = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    grown = int(out.stdout.split()[-1])
+    assert grown < 2 * largest + 8_000_000, f"{grown:,} more; the largest tensor is {largest:,}"
+
+
+# ------------------------------------------------------------------------------ scripts/convert.py
+
+
+def test_convert_changes_the_layout_and_back_bit_for_bit(tmp_path):
+    reference = new_reference(tiny_config(moe=True))
+    reference.save_pretrained(tmp_path / "a", max_shard_size="100KB")
+    a, b, c = (str(tmp_path / x) for x in "abc")
+    assert convert.main([a, b, "--layout", "published"]) == 0
+    turned = tensors(tmp_path / "b")[f"{EXPERTS}.gate_up_proj"]
+    assert turned.shape == (8, 64, 48)
+    assert convert.main([b, c, "--layout", "transformers"]) == 0
+    assert_same(tensors(tmp_path / "c"), tensors(tmp_path / "a"))
+    for name in ("config.json", "generation_config.json"):
+        assert (tmp_path / "c" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
+
+
+def test_convert_changes_the_type(save):
+    directory = save(build(tiny_config(moe=True)))
+    target = directory.with_name("half")
+    assert convert.main([str(directory), str(target), "--dtype", "bfloat16"]) == 0
+    assert_same(tensors(target), {k: v.to(torch.bfloat16) for k, v in tensors(directory).items()})
+    config = json.loads((target / "config.json").read_text())
+    parts = (config, config["text_config"], config["vision_config"])
+    assert [part["dtype"] for part in parts] == ["bfloat16"] * 3
+    assert (target / "chat_template.jinja").exists()
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """A run's folder with one checkpoint, and the model that is in it."""
+    overrides = ["--model.flavor", "debug_moe", "--training.dtype", "float32"]
+    config = load_config("qwen_vlm_moe.toml", overrides)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text(config_to_toml(config))
+    tokenizer = load_tokenizer()
+    model = build(with_token_ids(FLAVORS["debug_moe"], visual_token_ids(tokenizer), len(tokenizer)))
+    checkpoints = Checkpointer(tmp_path / "run" / "checkpoints", config.checkpoint)
+    checkpoints.save(7, model, torch.optim.AdamW(model.parameters()), {})
+    return tmp_path / "run", model
+
+
+def test_convert_makes_a_directory_from_a_training_checkpoint(run_folder, tmp_path):
+    run, model = run_folder
+    source, target = run / "checkpoints" / "step-000007", tmp_path / "hf"
+    assert convert.main([str(source), str(target), "--dtype", "float32"]) == 0
+    assert read_config(target) == model.config
+    read = build(model.config, seed=1)
+    load_hf(read, target)
+    assert_same(read.state_dict(), model.state_dict())
+    assert (target / "preprocessor_config.json").exists()
+    load_reference(target, torch.float32)
+
+
+def test_convert_refuses_a_checkpoint_of_another_model(run_folder, tmp_path, capsys):
+    run, _ = run_folder
+    words = [str(run / "checkpoints" / "step-000007"), str(tmp_path / "hf")]
+    toml = run / "config.toml"
+    toml.write_text(toml.read_text().replace("debug_moe", "debug"))
+    assert convert.main(words) == 2
+    assert "is a checkpoint of another model" in capsys.readouterr().err
+    toml.unlink()
+    assert convert.main(words) == 2
+    assert f"{toml} is missing; --config" in capsys.readouterr().err
+    assert not (tmp_path / "hf").exists()
+
+
+def test_convert_says_what_is_wrong(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for words, message in (
+        (["empty", "x"], "neither a Hugging Face directory"),
+        (["empty", "empty"], "SOURCE and TARGET are both"),
+    ):
+        assert convert.main([str(tmp_path / word) for word in words]) == 2
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        convert.main(["a", "b", "--layout", "square"])

@@ -1,0 +1,166 @@
+"""Validation: loss and exact-match accuracy on samples that training never reads.
+
+Every rank validates the same samples, so that the collectives of a sharded model always meet and
+every rank knows the same result.
+"""
+
+import logging
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from titan_vlm.config import Config
+from titan_vlm.data.chat import Encoder, Sample
+from titan_vlm.data.rows import collate, make_row
+from titan_vlm.data.sample import RawSample
+from titan_vlm.data.sources import build_source
+from titan_vlm.errors import DataError
+from titan_vlm.inference.generate import Prompt, greedy
+from titan_vlm.training.loss import chunked_cross_entropy
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Answer:
+    """One decoded answer beside the right one."""
+
+    question: str
+    kind: str
+    expected: str
+    given: str
+
+    @property
+    def right(self) -> bool:
+        return self.given.strip() == self.expected.strip()
+
+
+@dataclass
+class Result:
+    """Mean loss per target token, and the answers."""
+
+    loss: float
+    answers: list[Answer]
+
+    @property
+    def accuracy(self) -> float:
+        return sum(a.right for a in self.answers) / max(len(self.answers), 1)
+
+    def accuracy_by_kind(self) -> dict[str, float]:
+        """For sources that name kinds of question; one entry, "all", for the others."""
+        kinds = defaultdict(list)
+        for answer in self.answers:
+            kinds[answer.kind].append(answer.right)
+        return {kind: sum(right) / len(right) for kind, right in sorted(kinds.items())}
+
+
+class Validator:
+    """Holds the encoded held-out samples of a run.
+
+    Raises:
+        DataError: none of the held-out samples can be used.
+    """
+
+    def __init__(self, config: Config, encoder: Encoder):
+        source = build_source(config.data, config.eval.split, config.run.seed, config.eval.path)
+        self.config, self.encoder = config, encoder
+        self.samples: list[tuple[RawSample, Sample]] = []
+        for i in range(min(config.eval.samples, len(source))):
+            try:
+                raw = source[i]
+                sample = encoder.encode(raw)
+                if len(sample) > config.training.seq_len:
+                    raise DataError(f"{raw.origin}: longer than training.seq_len")
+                for visual in sample.visuals:
+                    visual.pixels(encoder.spec)
+                self.samples.append((raw, sample))
+            except DataError as error:
+                logger.warning("held-out sample skipped: %s", error)
+        if not self.samples:
+            raise DataError("validation: none of the held-out samples can be used")
+
+    @torch.no_grad()
+    def run(self, model: nn.Module, device: torch.device) -> Result:
+        """Loss and answers of `model`; training statistics stay untouched."""
+        was_training = model.training
+        model.eval()
+        result = Result(self._loss(model, device), self._answers(model, device))
+        model.train(was_training)
+        return result
+
+    def _loss(self, model: nn.Module, device: torch.device) -> float:
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        targets = 0
+        for row in self._rows():
+            batch = collate([make_row(row, self.config.training.seq_len, self.encoder)]).to(device)
+            total += model(
+                batch,
+                lambda hidden, weight, labels=batch.labels_BS: chunked_cross_entropy(
+                    hidden, weight, labels, self.config.training.loss_chunk_tokens
+                ),
+            )
+            targets += int(batch.num_targets)
+        return float(total) / max(targets, 1)
+
+    def _rows(self) -> list[list[Sample]]:
+        """The samples in order, as many to a row as fit."""
+        rows: list[list[Sample]] = []
+        room = -1
+        for _, sample in self.samples:
+            if len(sample) > room:
+                rows.append([])
+                room = self.config.training.seq_len
+            rows[-1].append(sample)
+            room -= len(sample)
+        return rows
+
+    def _answers(self, model: nn.Module, device: torch.device) -> list[Answer]:
+        tokenizer = self.encoder.tokenizer
+        asked = [
+            (raw, turn)
+            for raw, _ in self.samples
+            if (turn := last_assistant_turn(raw.messages)) is not None
+        ]
+        prompts = [make_prompt(self.encoder, raw.messages[:turn]) for raw, turn in asked]
+        stop_ids = {tokenizer.eos_token_id}
+        decoded = greedy(model, prompts, stop_ids, self.config.eval.max_new_tokens, device)
+        return [
+            Answer(
+                question=text_of(raw.messages[turn - 1]) if turn else "",
+                kind=raw.meta.get("kind", "all"),
+                expected=text_of(raw.messages[turn]),
+                given=tokenizer.decode(tokens, skip_special_tokens=True),
+            )
+            for (raw, turn), tokens in zip(asked, decoded, strict=True)
+        ]
+
+
+def last_assistant_turn(messages: list[dict]) -> int | None:
+    """Index of the last message that the assistant wrote."""
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    return turns[-1] if turns else None
+
+
+def text_of(message: dict) -> str:
+    """The text parts of a message; a picture shows as <image>."""
+    content = message["content"]
+    if isinstance(content, str):
+        return content
+    return "".join(p["text"] if p["type"] == "text" else f"<{p['type']}>" for p in content)
+
+
+def make_prompt(encoder: Encoder, messages: list[dict]) -> Prompt:
+    """Tokens and pixels of a conversation that the assistant is to continue."""
+    sample = encoder.encode_prompt(messages)
+    pixels = [visual.pixels(encoder.spec) for visual in sample.visuals]
+    pixels.append(np.empty((0, encoder.spec.patch_dim), np.float32))
+    return Prompt(
+        tokens_L=torch.from_numpy(sample.tokens_L),
+        positions_3L=torch.from_numpy(sample.positions_3L),
+        visual_L=torch.from_numpy(sample.visual_L),
+        pixels_NC=torch.from_numpy(np.concatenate(pixels)),
+        grids=[visual.grid for visual in sample.visuals],
+    )

@@ -1,0 +1,313 @@
+"""The trainer, top to bottom: `torchrun -m titan_vlm.train --config train_configs/X.toml`.
+
+    configure -> build the model -> parallelise it -> optimizer, data -> resume
+    for each step:  read the step's rows -> forward and backward, micro-batch by micro-batch
+                    -> clip -> update -> metrics -> (validate) -> (save)
+    save -> export
+
+A run lives in `run.output_dir`; the same command again resumes it from its newest checkpoint.
+"""
+
+import logging
+import sys
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from titan_vlm import distributed
+from titan_vlm.config import Config, config_from_args, config_to_toml
+from titan_vlm.data.chat import Encoder
+from titan_vlm.data.images import visual_spec
+from titan_vlm.data.loader import RowLoader, build_loader
+from titan_vlm.data.rows import Row, collate
+from titan_vlm.data.tokenizer import load_tokenizer, visual_token_ids
+from titan_vlm.errors import ConfigError, DataError
+from titan_vlm.evaluation.validate import Result, Validator
+from titan_vlm.models.init import init_weights
+from titan_vlm.models.inputs import Batch
+from titan_vlm.models.registry import ModelSpec, model_config, model_spec
+from titan_vlm.parallel import activation_checkpoint, compile, fsdp
+from titan_vlm.training.checkpoint import Checkpointer
+from titan_vlm.training.loss import chunked_cross_entropy
+from titan_vlm.training.metrics import MetricsLogger
+from titan_vlm.training.optimizer import build_optimizer, clip_grad_norm
+from titan_vlm.training.schedule import set_learning_rates
+
+logger = logging.getLogger("titan_vlm")
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.float32}
+
+
+def main(argv: list[str]) -> int:
+    """Exit status: 0 when the run is complete, 2 when the user must change something."""
+    try:
+        config = config_from_args(argv)
+        train(config)
+    except (ConfigError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+def train(config: Config) -> None:
+    """Train as `config` says, from wherever `run.output_dir` left off."""
+    device, mesh = distributed.start(config.run.device)
+    check_batch(config, mesh.size())
+    output = Path(config.run.output_dir)
+    open_run_dir(output, config)
+
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    spec = model_spec(config.model.name)
+    model_args = model_config(config.model.name, config.model.flavor, config.model.hf_path)
+    model_args = spec.with_token_ids(model_args, visual_token_ids(tokenizer), len(tokenizer))
+    vision = model_args.vision
+    images = visual_spec(
+        config.data, vision.patch_size, vision.merge_size, vision.temporal_patch_size
+    )
+    encoder = Encoder(tokenizer, images)
+
+    checkpointer = Checkpointer(output / "checkpoints", config.checkpoint)
+    model = build_model(spec, model_args, config, device, fresh=checkpointer.latest() is None)
+    model = parallelize(model, mesh, config)
+    optimizer = build_optimizer(model, config.optimizer, config.training.freeze)
+    loader = build_loader(config, tokenizer, images, mesh.get_rank(), mesh.size())
+    validator = Validator(config, encoder) if has_held_out_data(config) else None
+
+    run = Run(config, spec, model_args, model, optimizer, loader, device, mesh)
+    resume(run, checkpointer)
+    metrics = MetricsLogger(
+        output,
+        config.metrics,
+        config.training.steps,
+        device,
+        start_step=run.step,
+        world_size=mesh.size(),
+        silent=mesh.get_rank() != 0,
+    )
+    if run.step >= config.training.steps:
+        logger.info("this run is finished: step %d of %d", run.step, config.training.steps)
+    while run.step < config.training.steps:
+        train_step(run, metrics)
+        last = run.step == config.training.steps
+        if validator and (last or due(run.step, config.eval.every)):
+            validate(run, validator, metrics)
+        if last or due(run.step, config.checkpoint.every):
+            with metrics.pause():
+                state = {"loader": loader.state_dict(), "skipped": run.skipped}
+                checkpointer.save(run.step, model, optimizer, state)
+    checkpointer.wait()
+    loader.close()
+    metrics.close()
+    if config.checkpoint.export_hf:
+        export(run, output / "hf", encoder)
+
+
+@dataclass
+class Run:
+    """What a step works on."""
+
+    config: Config
+    spec: ModelSpec
+    model_args: object
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    loader: RowLoader
+    device: torch.device
+    mesh: DeviceMesh
+    step: int = 0
+    # Samples left out since the run began, by reason.
+    skipped: dict[str, int] = field(default_factory=lambda: {"bad": 0, "dropped": 0, "cut": 0})
+
+
+# ---------------------------------------------------------------------------- one step
+
+
+def train_step(run: Run, metrics: MetricsLogger) -> None:
+    """One update from `training.global_batch_size` rows."""
+    config = run.config.training
+    rates = set_learning_rates(run.optimizer, run.step, run.config.schedule, config.steps)
+
+    with metrics.waiting_for_data():
+        rows = list(islice(run.loader, config.global_batch_size // run.mesh.size()))
+    size = config.micro_batch_size
+    batches = [collate(rows[i : i + size]) for i in range(0, len(rows), size)]
+    counts = global_counts(run, rows, batches)
+
+    # The loss is the mean over the targets of the whole global batch. Every rank and micro-batch
+    # divides its own sum by their number, and gradients are summed, never averaged.
+    loss = sum(forward_backward(run, b.to(run.device), counts["targets"]) for b in batches)
+    norm = clip_grad_norm(run.model.parameters(), config.max_norm)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    run.step += 1
+    report_step(run, metrics, counts, loss, norm, rates)
+
+
+def global_counts(run: Run, rows: list[Row], batches: list[Batch]) -> dict[str, float]:
+    """What the global batch holds, summed over the ranks on the host; adds to `run.skipped`."""
+    spec, args = run.spec, run.model_args
+    counts = {
+        "targets": sum(int(b.num_targets) for b in batches),
+        "tokens": sum(b.num_tokens for b in batches),
+        "positions": sum(b.tokens_BS.numel() for b in batches),
+        "samples": sum(b.num_samples for b in batches),
+        "images": sum(b.num_images for b in batches),
+        "flops": sum(spec.flops(args, b.doc_lens, b.grids) for b in batches),
+    }
+    skipped = {name: sum(getattr(row.counts, name) for row in rows) for name in run.skipped}
+    values = torch.tensor([*counts.values(), *skipped.values()], dtype=torch.float64)
+    values = distributed.sum_over_ranks(values).tolist()
+    for name, value in zip(skipped, values[len(counts) :], strict=True):
+        run.skipped[name] += int(value)
+    return dict(zip(counts, values, strict=False))
+
+
+def forward_backward(run: Run, batch: Batch, targets: float) -> Tensor:
+    """This micro-batch's share of the loss; its gradients are added to the parameters'."""
+    head = partial(
+        chunked_cross_entropy,
+        labels_BS=batch.labels_BS,
+        chunk_tokens=run.config.training.loss_chunk_tokens,
+    )
+    loss = run.model(batch, head) / max(targets, 1)
+    loss.backward()
+    return loss.detach()
+
+
+def report_step(
+    run: Run,
+    metrics: MetricsLogger,
+    counts: dict[str, float],
+    loss: Tensor,
+    norm: Tensor,
+    rates: dict[str, float],
+) -> None:
+    """Hand the step's figures to the metrics; between reports nothing here waits for the device."""
+    metrics.count(**{name: value for name, value in counts.items() if name != "targets"})
+    loads = {}
+    if metrics.due(run.step):
+        loads = {n: distributed.sum_over_ranks(x) for n, x in run.model.expert_loads().items()}
+    metrics.end_step(
+        run.step,
+        loss=distributed.sum_over_ranks(loss),
+        grad_norm=norm,
+        learning_rates=rates,
+        expert_loads=loads,
+        skipped=run.skipped,
+    )
+    for load_E in loads.values():
+        load_E.zero_()
+
+
+def validate(run: Run, validator: Validator, metrics: MetricsLogger) -> Result:
+    """Validate and report, with some answers to look at."""
+    with metrics.pause():
+        result = validator.run(run.model, run.device)
+    kinds = result.accuracy_by_kind()
+    values = {"loss": result.loss, "exact": result.accuracy}
+    values |= {f"exact/{kind}": value for kind, value in kinds.items() if len(kinds) > 1}
+    metrics.report(run.step, values)
+    for answer in result.answers[: run.config.eval.show]:
+        mark = "right" if answer.right else f"expected {answer.expected!r}"
+        metrics.print(f"      {answer.question} -> {answer.given!r} ({mark})")
+    return result
+
+
+# ---------------------------------------------------------------------------- setting up
+
+
+def check_batch(config: Config, ranks: int) -> None:
+    """Every rank must get the same number of whole micro-batches.
+
+    Raises:
+        ConfigError: with the nearest global batch sizes that work.
+    """
+    rows, unit = config.training.global_batch_size, ranks * config.training.micro_batch_size
+    if rows % unit:
+        below, above = rows // unit * unit, (rows // unit + 1) * unit
+        nearest = f"{below} or {above}" if below else str(above)
+        raise ConfigError(
+            f"training.global_batch_size = {rows} is no multiple of {ranks} data-parallel ranks x "
+            f"training.micro_batch_size {config.training.micro_batch_size} = {unit}; "
+            f"use {nearest}"
+        )
+
+
+def open_run_dir(output: Path, config: Config) -> None:
+    """Make `run.output_dir` and leave the resolved configuration in it."""
+    if dist.get_rank() == 0:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            (output / "config.toml").write_text(config_to_toml(config))
+        except OSError as error:
+            raise ConfigError(f"run.output_dir = {output}: {error.strerror}") from error
+    logging.basicConfig(
+        level=logging.INFO if dist.get_rank() == 0 else logging.WARNING,
+        format="%(levelname)s %(message)s",
+    )
+
+
+def build_model(
+    spec: ModelSpec, model_args, config: Config, device: torch.device, fresh: bool
+) -> nn.Module:
+    """The whole model on `device`; weights from Hugging Face, from the seed, or (not `fresh`) from
+    the checkpoint that is about to be loaded."""
+    with device:
+        model = spec.build(model_args).to(DTYPES[config.training.dtype])
+    if fresh and config.checkpoint.initial_load_path:
+        spec.load_hf(model, config.checkpoint.initial_load_path)
+    else:
+        init_weights(model, config.run.seed, model_args.text.initializer_range)
+    parameters = sum(p.numel() for p in model.parameters())
+    logger.info(
+        "%s %s: %.1f M parameters, %s on %s",
+        config.model.name,
+        config.model.flavor,
+        parameters / 1e6,
+        config.training.dtype,
+        device,
+    )
+    return model
+
+
+def parallelize(model: nn.Module, mesh: DeviceMesh, config: Config) -> nn.Module:
+    """Each technique takes the model and returns it, from the inside of a block outwards."""
+    model = compile.apply(model, config.compile)
+    model = activation_checkpoint.apply(model, config.activation_checkpoint)
+    return fsdp.apply(model, mesh, config)
+
+
+def has_held_out_data(config: Config) -> bool:
+    """Sources without splits hold data out only where `eval.path` names it."""
+    return bool(config.eval.path) or config.data.source in ("digits", "hf")
+
+
+# ---------------------------------------------------------------------------- resume, export
+
+
+def resume(run: Run, checkpointer: Checkpointer) -> None:
+    """Continue from the newest checkpoint, if there is one."""
+    step = checkpointer.latest()
+    if step is None:
+        return
+    state = checkpointer.load(step, run.model, run.optimizer)
+    run.loader.load_state_dict(state["loader"])
+    run.skipped, run.step = state["skipped"], step
+    logger.info("resumed at step %d", step)
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something done every n steps (0: never) is done after step `step`."""
+    return every > 0 and step % every == 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
