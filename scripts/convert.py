@@ -24,13 +24,10 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from titan_vlm.assembly import assemble, export
 from titan_vlm.config import load_config
-from titan_vlm.data.images import visual_spec
-from titan_vlm.data.processor_config import image_processor_config, video_processor_config
-from titan_vlm.data.tokenizer import load_tokenizer, visual_token_ids
 from titan_vlm.errors import ConfigError, DataError
 from titan_vlm.models.qwen3_vl.hf import HFTensors, links, read_config, write_weights
-from titan_vlm.models.registry import model_config, model_spec
 from titan_vlm.models.safetensors_io import INDEX, new_directory
 
 DTYPES = ("bfloat16", "float32", "float64")
@@ -125,26 +122,14 @@ def convert_checkpoint(source: Path, target: Path, arguments: argparse.Namespace
     if not toml.is_file():
         raise ConfigError(f"{toml} is missing; --config names the configuration of the run")
     config = load_config(str(toml))
-    spec = model_spec(config.model.name)
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    dims = model_config(config.model.name, config.model.flavor, config.model.hf_path)
-    dims = spec.with_token_ids(dims, visual_token_ids(tokenizer), len(tokenizer))
-    vision = dims.vision
-    pictures = visual_spec(
-        config.data, vision.patch_size, vision.merge_size, vision.temporal_patch_size
-    )
+    parts = assemble(config)
     state = CheckpointTensors(source)
-    state.check({link.ours: link.shape for link in links(dims, {})})
-    spec.save_hf(
+    state.check({link.ours: link.shape for link in links(parts.dims, {})})
+    export(
+        parts,
         state,
-        dims,
         target,
-        tokenizer=tokenizer,
-        processor_configs={
-            "preprocessor_config.json": image_processor_config(pictures),
-            "video_preprocessor_config.json": video_processor_config(pictures),
-        },
-        dtype=getattr(torch, arguments.dtype or "bfloat16"),
+        arguments.dtype or "bfloat16",
         layout=_layout(arguments),
         max_shard_bytes=_shard_bytes(arguments),
     )

@@ -91,7 +91,7 @@ class Data:
         at_least=1,
     )
     pack_window: int = setting(
-        16, "Rows a virtual shard keeps open while it packs samples first-fit.", at_least=1
+        16, "Samples a virtual shard holds ready, to fit them into rows first-fit.", at_least=1
     )
     overlong: Literal["drop", "cut"] = setting(
         "drop", "What happens to a sample longer than training.seq_len; either way it is counted."
@@ -99,10 +99,10 @@ class Data:
     min_pixels: int = setting(65536, "Smaller images are enlarged to this many pixels.", at_least=1)
     max_pixels: int = setting(16777216, "Larger images are shrunk to this many pixels.", at_least=1)
     video_min_pixels: int = setting(
-        131072, "As min_pixels, for a whole video: frames x height x width.", at_least=1
+        4096, "As min_pixels, for a whole video: frames x height x width.", at_least=1
     )
     video_max_pixels: int = setting(
-        786432, "As max_pixels, for a whole video: frames x height x width.", at_least=1
+        25165824, "As max_pixels, for a whole video: frames x height x width.", at_least=1
     )
     video_fps: float = setting(2.0, "Frames per second sampled from a video.", above=0)
     num_workers: int = setting(
@@ -195,10 +195,11 @@ class Checkpoint:
     export_dtype: Literal["float32", "bfloat16", "float64"] = setting(
         "bfloat16", "Type of the exported tensors."
     )
-    export_layout: Literal["published", "transformers"] = setting(
-        "published",
+    export_layout: Literal["auto", "published", "transformers"] = setting(
+        "auto",
         "Layout of exported expert tensors: published [E, D, 2F] and [E, F, D], as the released "
-        "checkpoints and vLLM have it, or transformers [E, 2F, D] and [E, D, F].",
+        "checkpoints and vLLM have it; transformers [E, 2F, D] and [E, D, F]; auto is published "
+        "unless transformers would misread it because a tensor is square.",
     )
 
 

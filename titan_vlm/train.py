@@ -18,20 +18,20 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from titan_vlm import distributed
+from titan_vlm.assembly import Parts, assemble, export
 from titan_vlm.config import Config, config_from_args, config_to_toml
 from titan_vlm.data.chat import Encoder
-from titan_vlm.data.images import visual_spec
 from titan_vlm.data.loader import RowLoader, build_loader
 from titan_vlm.data.rows import Row, collate
-from titan_vlm.data.tokenizer import load_tokenizer, visual_token_ids
 from titan_vlm.errors import ConfigError, DataError
 from titan_vlm.evaluation.validate import Result, Validator
 from titan_vlm.models.init import init_weights
 from titan_vlm.models.inputs import Batch
-from titan_vlm.models.registry import ModelSpec, model_config, model_spec
 from titan_vlm.parallel import activation_checkpoint, compile, fsdp
 from titan_vlm.training.checkpoint import Checkpointer
 from titan_vlm.training.loss import chunked_cross_entropy
@@ -43,6 +43,7 @@ logger = logging.getLogger("titan_vlm")
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.float32}
 
 
+@record  # torchrun shows the traceback of a rank whose output it hides
 def main(argv: list[str]) -> int:
     """Exit status: 0 when the run is complete, 2 when the user must change something."""
     try:
@@ -64,24 +65,16 @@ def train(config: Config) -> None:
     output = Path(config.run.output_dir)
     open_run_dir(output, config)
 
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    spec = model_spec(config.model.name)
-    model_args = model_config(config.model.name, config.model.flavor, config.model.hf_path)
-    model_args = spec.with_token_ids(model_args, visual_token_ids(tokenizer), len(tokenizer))
-    vision = model_args.vision
-    images = visual_spec(
-        config.data, vision.patch_size, vision.merge_size, vision.temporal_patch_size
-    )
-    encoder = Encoder(tokenizer, images)
-
+    parts = assemble(config)
+    encoder = Encoder(parts.tokenizer, parts.images)
     checkpointer = Checkpointer(output / "checkpoints", config.checkpoint)
-    model = build_model(spec, model_args, config, device, fresh=checkpointer.latest() is None)
+    model = build_model(parts, config, device, fresh=checkpointer.latest() is None)
     model = parallelize(model, mesh, config)
     optimizer = build_optimizer(model, config.optimizer, config.training.freeze)
-    loader = build_loader(config, tokenizer, images, mesh.get_rank(), mesh.size())
+    loader = build_loader(config, parts.tokenizer, parts.images, mesh.get_rank(), mesh.size())
     validator = Validator(config, encoder) if has_held_out_data(config) else None
 
-    run = Run(config, spec, model_args, model, optimizer, loader, device, mesh)
+    run = Run(config, parts, model, optimizer, loader, device, mesh)
     resume(run, checkpointer)
     metrics = MetricsLogger(
         output,
@@ -106,8 +99,7 @@ def train(config: Config) -> None:
     checkpointer.wait()
     loader.close()
     metrics.close()
-    if config.checkpoint.export_hf:
-        export(run, output / "hf", encoder)
+    export_hf(run, output / "hf")
 
 
 @dataclass
@@ -115,8 +107,7 @@ class Run:
     """What a step works on."""
 
     config: Config
-    spec: ModelSpec
-    model_args: object
+    parts: Parts
     model: nn.Module
     optimizer: torch.optim.Optimizer
     loader: RowLoader
@@ -153,14 +144,14 @@ def train_step(run: Run, metrics: MetricsLogger) -> None:
 
 def global_counts(run: Run, rows: list[Row], batches: list[Batch]) -> dict[str, float]:
     """What the global batch holds, summed over the ranks on the host; adds to `run.skipped`."""
-    spec, args = run.spec, run.model_args
+    spec, dims = run.parts.spec, run.parts.dims
     counts = {
         "targets": sum(int(b.num_targets) for b in batches),
         "tokens": sum(b.num_tokens for b in batches),
         "positions": sum(b.tokens_BS.numel() for b in batches),
         "samples": sum(b.num_samples for b in batches),
         "images": sum(b.num_images for b in batches),
-        "flops": sum(spec.flops(args, b.doc_lens, b.grids) for b in batches),
+        "flops": sum(spec.flops(dims, b.doc_lens, b.grids) for b in batches),
     }
     skipped = {name: sum(getattr(row.counts, name) for row in rows) for name in run.skipped}
     values = torch.tensor([*counts.values(), *skipped.values()], dtype=torch.float64)
@@ -255,17 +246,15 @@ def open_run_dir(output: Path, config: Config) -> None:
     )
 
 
-def build_model(
-    spec: ModelSpec, model_args, config: Config, device: torch.device, fresh: bool
-) -> nn.Module:
+def build_model(parts: Parts, config: Config, device: torch.device, fresh: bool) -> nn.Module:
     """The whole model on `device`; weights from Hugging Face, from the seed, or (not `fresh`) from
     the checkpoint that is about to be loaded."""
     with device:
-        model = spec.build(model_args).to(DTYPES[config.training.dtype])
+        model = parts.spec.build(parts.dims).to(DTYPES[config.training.dtype])
     if fresh and config.checkpoint.initial_load_path:
-        spec.load_hf(model, config.checkpoint.initial_load_path)
+        parts.spec.load_hf(model, config.checkpoint.initial_load_path)
     else:
-        init_weights(model, config.run.seed, model_args.text.initializer_range)
+        init_weights(model, config.run.seed, parts.dims.text.initializer_range)
     parameters = sum(p.numel() for p in model.parameters())
     logger.info(
         "%s %s: %.1f M parameters, %s on %s",
@@ -302,6 +291,22 @@ def resume(run: Run, checkpointer: Checkpointer) -> None:
     run.loader.load_state_dict(state["loader"])
     run.skipped, run.step = state["skipped"], step
     logger.info("resumed at step %d", step)
+
+
+def export_hf(run: Run, directory: Path) -> None:
+    """Leave a Hugging Face directory beside the finished run, if `[checkpoint]` asks for one."""
+    config = run.config.checkpoint
+    if not config.export_hf:
+        return
+    export(
+        run.parts,
+        get_model_state_dict(run.model),
+        directory,
+        config.export_dtype,
+        layout=None if config.export_layout == "auto" else config.export_layout,
+        write=run.mesh.get_rank() == 0,
+    )
+    logger.info("exported to %s", directory)
 
 
 def due(step: int, every: int) -> bool:

@@ -18,6 +18,7 @@ import os
 import warnings
 from collections.abc import Iterator
 
+import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -85,6 +86,8 @@ class RowLoader:
                 num_workers=self.num_workers,  # each runs a single torch thread
                 collate_fn=as_is,
                 snapshot_every_n_steps=1,
+                # Its seed must not come from the generator that a checkpoint restores.
+                generator=torch.Generator(),
             )
         self.iterator = iter(self.loader)
 

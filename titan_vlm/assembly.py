@@ -1,0 +1,60 @@
+"""What a configuration names, made concrete: tokenizer, dimensions, pictures; and their export."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from titan_vlm.config import Config
+from titan_vlm.data.images import VisualSpec, visual_spec
+from titan_vlm.data.processor_config import image_processor_config, video_processor_config
+from titan_vlm.data.tokenizer import load_tokenizer, visual_token_ids
+from titan_vlm.models.registry import ModelSpec, model_config, model_spec
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A model family, its dimensions with the tokenizer's ids, and how pictures become patches."""
+
+    spec: ModelSpec
+    dims: Any
+    tokenizer: Any
+    images: VisualSpec
+
+
+def assemble(config: Config) -> Parts:
+    """Everything about a run's model that needs no weights.
+
+    Raises:
+        ConfigError: model, tokenizer or dimensions that do not exist or do not fit.
+    """
+    spec = model_spec(config.model.name)
+    dims = model_config(config.model.name, config.model.flavor, config.model.hf_path)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    dims = spec.with_token_ids(dims, visual_token_ids(tokenizer), len(tokenizer))
+    vision = dims.vision
+    images = visual_spec(
+        config.data, vision.patch_size, vision.merge_size, vision.temporal_patch_size
+    )
+    return Parts(spec, dims, tokenizer, images)
+
+
+def export(
+    parts: Parts, state: Mapping[str, Tensor], directory: Path, dtype: str, **options: Any
+) -> None:
+    """Write a Hugging Face directory; `options` are those of the family's `save_hf`."""
+    parts.spec.save_hf(
+        state,
+        parts.dims,
+        directory,
+        tokenizer=parts.tokenizer,
+        processor_configs={
+            "preprocessor_config.json": image_processor_config(parts.images),
+            "video_preprocessor_config.json": video_processor_config(parts.images),
+        },
+        dtype=getattr(torch, dtype),
+        **options,
+    )
