@@ -132,7 +132,7 @@ class Training:
         [], "Branches (vision, projector, text) or parameter-name patterns that do not train."
     )
     loss_chunk_tokens: int = setting(
-        1024, "Tokens whose logits exist at a time in the loss; bounds its memory.", at_least=1
+        512, "Tokens whose logits exist at a time in the loss; bounds its memory.", at_least=1
     )
 
 

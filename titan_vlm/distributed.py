@@ -29,6 +29,9 @@ def start(device: str) -> tuple[torch.device, DeviceMesh]:
     local_rank = int(os.environ["LOCAL_RANK"])
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError('run.device = "cuda": no CUDA device is visible; use "cpu" or "auto"')
+    # Sharp attention makes probabilities below 1e-38, on which a CPU works a hundred times slower;
+    # threads take this over from the one that starts them, so it comes before the first operation.
+    torch.set_flush_denormal(True)
     kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
     if kind == "cuda":
         if local_rank >= torch.cuda.device_count():

@@ -50,8 +50,13 @@ class Checkpointer:
         self.config = config
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         # A group of its own: an asynchronous save talks in a thread, where its messages must not
-        # meet those of the training step. Gloo, because it saves host memory.
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        # meet those of the training step. Gloo, because it saves host memory. One process has
+        # nobody to talk to, and the threads in which gloo would do it anyway slow every parallel
+        # loop after it down (OpenMP stops spinning once there are more threads than cores).
+        alone = not dist.is_initialized() or dist.get_world_size() == 1
+        self._world: dict[str, Any] = (
+            {"no_dist": True} if alone else {"process_group": dist.new_group(backend="gloo")}
+        )
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
         self._latest: int | None = None  # the step last saved or loaded here
@@ -81,7 +86,7 @@ class Checkpointer:
             "optimizer": _optimizer_tensors(model, optimizer),
             "train": {f"rank{self.rank}": _pack({"caller": train, "random": _random_state()})},
         }
-        where = {"checkpoint_id": temporary, "process_group": self._group}
+        where = {"checkpoint_id": temporary, **self._world}
         if self.config.async_save:
             written = dcp.async_save(state, **where)
             self._pending = self._thread.submit(self._publish, written, temporary, final)
@@ -142,7 +147,7 @@ class Checkpointer:
             "train": {f"rank{self.rank}": b""},
         }
         # Tensors are filled where they are; the placeholder of `train` is replaced.
-        dcp.load(state, checkpoint_id=folder, process_group=self._group)
+        dcp.load(state, checkpoint_id=folder, **self._world)
         for name, parameter in model.named_parameters():
             if f"{name}.step" not in optimizer_state:
                 optimizer.state.pop(parameter, None)

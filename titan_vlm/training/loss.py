@@ -91,13 +91,17 @@ def _loss_and_gradients(
     grad_hidden = torch.zeros_like(hidden_BSD, dtype=exact) if needs_hidden else None
     grad_weight = torch.zeros_like(weight_VD, dtype=exact) if needs_weight else None
 
+    # Made once for all chunks: fresh memory of this size costs a CPU more than the arithmetic.
+    buffer_CV = hidden_TD.new_empty(min(chunk_tokens, len(index_T)), weight.shape[0])
+    exact_CV = buffer_CV if dtype == exact else buffer_CV.new_empty(buffer_CV.shape, dtype=exact)
+
     for start in range(0, index_T.numel(), chunk_tokens):
         chunk = slice(start, start + chunk_tokens)
         hidden_CD, labels_C1 = hidden_TD[chunk], labels_T1[chunk]
-        logits_CV = hidden_CD @ weight.t()
-        # Softmax in place: in float32 `exp_CV` is the memory of the logits, and stays the only
-        # [C, V] tensor.
-        exp_CV = logits_CV.to(exact)
+        logits_CV = torch.mm(hidden_CD, weight.t(), out=buffer_CV[: len(hidden_CD)])
+        exp_CV = exact_CV[: len(hidden_CD)]
+        if dtype != exact:
+            exp_CV.copy_(logits_CV)
         exp_CV.sub_(exp_CV.amax(-1, keepdim=True))
         target_C1 = exp_CV.gather(-1, labels_C1)
         sum_C1 = exp_CV.exp_().sum(-1, keepdim=True)
@@ -107,13 +111,12 @@ def _loss_and_gradients(
         # d loss / d logits = softmax - one_hot. The target's entry is subtracted before rounding
         # to `dtype`: 0.999 - 1 would lose all its digits in bfloat16.
         at_target_C1 = target_C1.exp() / sum_C1 - 1
-        grad_CV = torch.div(exp_CV, sum_C1, out=logits_CV)
-        grad_CV.scatter_(-1, labels_C1, at_target_C1.to(dtype))
+        exp_CV.div_(sum_C1).scatter_(-1, labels_C1, at_target_C1)
+        grad_CV = exp_CV if dtype == exact else logits_CV.copy_(exp_CV)
         if grad_hidden is not None:
             grad_hidden.flatten(0, -2)[index_T[chunk]] = (grad_CV @ weight).to(exact)
         if grad_weight is not None:
             _add_product(grad_weight, grad_CV.t(), hidden_CD)
-        del logits_CV, exp_CV, grad_CV  # before the next chunk makes its own
     return loss, grad_hidden, grad_weight
 
 
