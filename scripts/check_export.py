@@ -1,0 +1,141 @@
+"""Does transformers answer as we do? Our greedy decoding against transformers' own `generate`.
+
+    .venv/bin/python scripts/check_export.py runs/qwen_vlm_moe --samples 50
+
+Both sides read the run's export (`hf/`) in float32. Ours prepares the held-out questions with the
+trainer's own data code; transformers' side renders the exported chat template and prepares the
+pictures with transformers' processor from the exported files. The generated token ids must be the
+same for every sample. `--quick` without a run makes a tiny export of random weights first. Exit
+status 0 only where all agree; the last line is one JSON object.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from titan_vlm.assembly import Parts, assemble, export
+from titan_vlm.config import Config, load_config
+from titan_vlm.data.chat import Encoder
+from titan_vlm.data.sample import RawSample
+from titan_vlm.data.sources import build_source
+from titan_vlm.errors import ConfigError, DataError
+from titan_vlm.evaluation.validate import last_assistant_turn, make_prompt, text_of
+from titan_vlm.inference.generate import greedy
+from titan_vlm.models.init import init_weights
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("run", nargs="?", help="directory of a finished run with an export")
+    parser.add_argument("--samples", type=int, default=50)
+    parser.add_argument("--quick", action="store_true", help="at most 10 samples")
+    arguments = parser.parse_args()
+    samples = min(arguments.samples, 10) if arguments.quick else arguments.samples
+    try:
+        if arguments.run:
+            folder = Path(arguments.run)
+            config = load_config(str(folder / "config.toml"))
+            return report(*compare(config, folder / "hf", samples))
+        if not arguments.quick:
+            parser.error("expected the directory of a run, or --quick")
+        with tempfile.TemporaryDirectory() as folder:
+            config = load_config("qwen_vlm_moe.toml")
+            random_export(config, Path(folder) / "hf")
+            return report(*compare(config, Path(folder) / "hf", samples))
+    except (ConfigError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def random_export(config: Config, directory: Path) -> None:
+    """An export of weights wide enough for answers to depend on the question."""
+    parts = assemble(config)
+    model = parts.spec.build(parts.dims)
+    init_weights(model, 0, std=0.15)
+    export(parts, model.state_dict(), directory, "float32")
+
+
+def compare(
+    config: Config, directory: Path, samples: int
+) -> tuple[list[RawSample], list[list[int]], list[list[int]], Parts]:
+    """Samples, our tokens and transformers' tokens for each."""
+    parts = assemble(config)
+    source = build_source(config.data, config.eval.split, config.run.seed, config.eval.path)
+    chosen = [source[i] for i in range(min(samples, len(source)))]
+    prompts = [raw.messages[: last_assistant_turn(raw.messages)] for raw in chosen]
+    longest, stop = config.eval.max_new_tokens, parts.tokenizer.eos_token_id
+
+    model = parts.spec.build(parts.dims).eval()
+    parts.spec.load_hf(model, str(directory))
+    encoder = Encoder(parts.tokenizer, parts.images)
+    ours = greedy(model, [make_prompt(encoder, p) for p in prompts], {stop}, longest, "cpu")
+
+    theirs = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    pictures = Qwen2VLImageProcessorPil.from_pretrained(directory)
+    answers = [generate(theirs, tokenizer, pictures, prompt, longest) for prompt in prompts]
+    return chosen, ours, answers, parts
+
+
+@torch.no_grad()
+def generate(model, tokenizer, pictures, messages: list[dict], max_new_tokens: int) -> list[int]:
+    """transformers' greedy answer, without the token that ended it."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    refs = [p["image"] for m in messages for p in parts_of(m) if p["type"] == "image"]
+    inputs = {}
+    if refs:
+        inputs = dict(pictures([ref.load_rgb() for ref in refs], return_tensors="pt"))
+        pieces = text.split("<|image_pad|>")
+        for i, grid in enumerate(inputs["image_grid_thw"]):
+            pieces[i] += "<|image_pad|>" * int(grid.prod() // pictures.merge_size**2)
+        text = "".join(pieces)
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+    types = (ids == model.config.image_token_id).int()
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        mm_token_type_ids=types,
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        **inputs,
+    )
+    new = output[0, ids.shape[1] :].tolist()
+    stop = tokenizer.eos_token_id
+    return new[: new.index(stop)] if stop in new else new
+
+
+def parts_of(message: dict) -> list[dict]:
+    return message["content"] if isinstance(message["content"], list) else []
+
+
+def report(
+    samples: list[RawSample], ours: list[list[int]], theirs: list[list[int]], parts: Parts
+) -> int:
+    """Print a few answers and the figures; 0 where all agree."""
+    decode = parts.tokenizer.decode
+    right = wrong = 0
+    for i, (raw, a, b) in enumerate(zip(samples, ours, theirs, strict=True)):
+        turn = last_assistant_turn(raw.messages)
+        expected = text_of(raw.messages[turn])
+        right += decode(b).strip() == expected.strip()
+        wrong += a != b
+        if i < 5 or a != b:
+            question = text_of(raw.messages[turn - 1])
+            print(f"  {question} ours {decode(a)!r} transformers {decode(b)!r} right {expected!r}")
+    figures = {
+        "samples": len(samples),
+        "max_mismatched_samples": wrong,
+        "accuracy_transformers": right / len(samples),
+    }
+    print(json.dumps(figures))
+    return 0 if wrong == 0 and samples else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
