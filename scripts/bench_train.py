@@ -1,7 +1,7 @@
 """A whole training step and the MoE layer, each beside its peer in one process.
 
 1. Forward, backward and optimizer step of our Qwen3-VL-MoE against transformers' with
-   `experts_implementation="grouped_mm"` and `"eager"`: the same weights, batch, dtype and optimizer,
+   `experts_implementation="grouped_mm"` and `"eager"`: the same weights, batch, dtype, optimizer,
    steps interleaved so that a noisy machine hits all alike. On CPU: 32 experts, top-4, width 256,
    4 layers, 4 rows of 512 tokens with an image each, bf16. On CUDA: the layer dimensions of
    Qwen3-VL-30B-A3B, and its MFU.
