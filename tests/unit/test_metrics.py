@@ -81,7 +81,7 @@ def test_an_unknown_device_has_no_mfu_and_a_known_one_its_peak(tmp_path, monkeyp
         "Something else": 0.0,
     }.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-        assert module._known_peak(torch.device("cuda")) == peak
+        assert module.known_peak(torch.device("cuda")) == peak
 
 
 class Untouchable:

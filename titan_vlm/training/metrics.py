@@ -66,7 +66,7 @@ class MetricsLogger:
         """
         directory = Path(directory)
         self.config, self.total_steps, self.device = config, total_steps, device
-        self.peak_tflops = world_size * (config.peak_tflops or _known_peak(device))
+        self.peak_tflops = world_size * (config.peak_tflops or known_peak(device))
         self.silent = silent
         self._file = self._board = self._bar = None
         if not silent:
@@ -242,7 +242,8 @@ def load_summary(counts_E: Tensor) -> dict[str, float]:
     return {"min": load.min().item(), "max": load.max().item(), "entropy": entropy}
 
 
-def _known_peak(device: torch.device) -> float:
+def known_peak(device: torch.device) -> float:
+    """Peak TFLOP/s of dense bfloat16 products of a GPU that is known by name, else 0."""
     if device.type != "cuda":
         return 0.0
     name = torch.cuda.get_device_name(device)
