@@ -159,7 +159,9 @@ def bench_step(
     losses |= {kind: partial(peer_loss, peer, batch) for kind, peer in peers.items()}
     first = {name: loss().item() for name, loss in losses.items()}
     worst = max(abs(value / first["ours"] - 1) for value in first.values())
-    if worst > 1e-2:
+    # At random weights any model's loss is near log V: two seeds differ by 3e-3, so 1e-2 would
+    # accept weights that were never loaded.
+    if worst > 1e-4:
         raise RuntimeError(f"the sides do not compute the same loss: {first}")
 
     models = {"ours": model, **peers}
