@@ -4,26 +4,33 @@
 
 Both sides read the run's export (`hf/`) in float32. Ours prepares the held-out questions with the
 trainer's own data code; transformers' side renders the exported chat template and prepares the
-pictures with transformers' processor from the exported files. The generated token ids must be the
-same for every sample. `--quick` without a run makes a tiny export of random weights first. Exit
-status 0 only where all agree; the last line is one JSON object.
+pictures with transformers' processor from the exported files (the whole processor where
+torchvision is installed, which its video part needs; else the tokenizer and the image processor).
+The generated token ids must be the same for every sample, and every tensor must have been loaded.
+`--quick` without a run makes a tiny export of random weights first. Exit status 0 only where all
+agree, 2 where something must be changed to run it; the last line is one JSON object.
 """
 
 import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoTokenizer
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.utils import is_torchvision_available
 
 from titan_vlm.assembly import Parts, assemble, export
 from titan_vlm.config import Config, load_config
-from titan_vlm.data.chat import Encoder
+from titan_vlm.data.chat import Encoder, for_template
 from titan_vlm.data.sample import RawSample
 from titan_vlm.data.sources import build_source
+from titan_vlm.data.tokenizer import IMAGE_PAD
 from titan_vlm.errors import ConfigError, DataError
 from titan_vlm.evaluation.validate import last_assistant_turn, make_prompt, text_of
 from titan_vlm.inference.generate import greedy
@@ -76,38 +83,76 @@ def compare(
     encoder = Encoder(parts.tokenizer, parts.images)
     ours = greedy(model, [make_prompt(encoder, p) for p in prompts], {stop}, longest, "cpu")
 
-    theirs = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    pictures = Qwen2VLImageProcessorPil.from_pretrained(directory)
-    answers = [generate(theirs, tokenizer, pictures, prompt, longest) for prompt in prompts]
+    theirs = load_theirs(directory)
+    prepare = preparation(directory)
+    answers = [generate(theirs, prepare(p), stop, longest) for p in prompts]
     return chosen, ours, answers, parts
 
 
-@torch.no_grad()
-def generate(model, tokenizer, pictures, messages: list[dict], max_new_tokens: int) -> list[int]:
-    """transformers' greedy answer, without the token that ended it."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    refs = [p["image"] for m in messages for p in parts_of(m) if p["type"] == "image"]
+def load_theirs(directory: Path) -> torch.nn.Module:
+    """The export in transformers.
+
+    Raises:
+        ConfigError: a tensor is missing, unexpected or of another shape.
+    """
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        directory, dtype=torch.float32, output_loading_info=True
+    )
+    problems = {key: sorted(map(str, names)) for key, names in info.items() if names}
+    if problems:
+        raise ConfigError(f"{directory}: transformers expects other tensors: {problems}")
+    return model.eval()
+
+
+def preparation(directory: Path) -> Callable[[list[dict]], dict]:
+    """A function from messages to what `generate` takes, by transformers' code alone."""
+    if is_torchvision_available():
+        return partial(prepare_whole, AutoProcessor.from_pretrained(directory))
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    pictures = Qwen2VLImageProcessorPil.from_pretrained(directory)
+    return partial(prepare_parts, tokenizer, pictures)
+
+
+def prepare_whole(processor, messages: list[dict]) -> dict:
+    """The inputs by the complete processor."""
+    text = processor.apply_chat_template(
+        for_template(messages), tokenize=False, add_generation_prompt=True
+    )
+    return dict(processor(text=[text], images=images_of(messages) or None, return_tensors="pt"))
+
+
+def prepare_parts(tokenizer, pictures, messages: list[dict]) -> dict:
+    """The same without the processor: each placeholder repeated once per visual token."""
+    text = tokenizer.apply_chat_template(
+        for_template(messages), tokenize=False, add_generation_prompt=True
+    )
     inputs = {}
-    if refs:
-        inputs = dict(pictures([ref.load_rgb() for ref in refs], return_tensors="pt"))
-        pieces = text.split("<|image_pad|>")
+    if images := images_of(messages):
+        inputs = dict(pictures(images, return_tensors="pt"))
+        pieces = text.split(IMAGE_PAD)
         for i, grid in enumerate(inputs["image_grid_thw"]):
-            pieces[i] += "<|image_pad|>" * int(grid.prod() // pictures.merge_size**2)
+            pieces[i] += IMAGE_PAD * int(grid.prod() // pictures.merge_size**2)
         text = "".join(pieces)
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
-    types = (ids == model.config.image_token_id).int()
-    output = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        mm_token_type_ids=types,
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        **inputs,
-    )
-    new = output[0, ids.shape[1] :].tolist()
-    stop = tokenizer.eos_token_id
+    is_image = ids == tokenizer.convert_tokens_to_ids(IMAGE_PAD)
+    return inputs | {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": is_image.int(),
+    }
+
+
+@torch.no_grad()
+def generate(model, inputs: dict, stop: int, max_new_tokens: int) -> list[int]:
+    """transformers' greedy answer, without the token that ended it."""
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+    new = output[0, inputs["input_ids"].shape[1] :].tolist()
     return new[: new.index(stop)] if stop in new else new
+
+
+def images_of(messages: list[dict]) -> list[Image.Image]:
+    refs = [p["image"] for m in messages for p in parts_of(m) if p["type"] == "image"]
+    return [ref.load_rgb() for ref in refs]
 
 
 def parts_of(message: dict) -> list[dict]:
@@ -131,7 +176,7 @@ def report(
     figures = {
         "samples": len(samples),
         "max_mismatched_samples": wrong,
-        "accuracy_transformers": right / len(samples),
+        "accuracy": right / len(samples),
     }
     print(json.dumps(figures))
     return 0 if wrong == 0 and samples else 1
