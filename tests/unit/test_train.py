@@ -1,51 +1,19 @@
 """The trainer as a user runs it: one command, killed, resumed, finished, mistaken."""
 
-import json
+import subprocess
+import sys
 from pathlib import Path
+from resource import RUSAGE_CHILDREN, getrusage
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
+from tests.small_run import curve, run, run_killed, weights
 from titan_vlm import train
+from titan_vlm.config import load_config
+from titan_vlm.errors import ConfigError
 
-SMALL = {
-    "model.flavor": "debug_moe",
-    "data.min_pixels": "1024",
-    "data.virtual_shards": "4",
-    "data.pack_window": "4",
-    "training.seq_len": "96",
-    "training.steps": "6",
-    "training.global_batch_size": "2",
-    "training.micro_batch_size": "1",
-    "training.dtype": "float32",
-    "schedule.warmup_steps": "2",
-    "checkpoint.every": "3",
-    "checkpoint.export_hf": "true",
-    "checkpoint.export_dtype": "float32",
-    "metrics.log_every": "1",
-    "metrics.tensorboard": "false",
-    "eval.every": "0",
-    "eval.samples": "3",
-    "eval.max_new_tokens": "2",
-}
-
-
-def run(output: Path, **changes: str) -> int:
-    """`section__key=value` changes the small run; returns the exit status."""
-    settings = SMALL | {key.replace("__", "."): value for key, value in changes.items()}
-    words = [word for key, value in settings.items() for word in (f"--{key}", value)]
-    return train.main(["--config", "qwen_vlm_moe.toml", "--run.output_dir", str(output), *words])
-
-
-def curve(output: Path) -> list[tuple]:
-    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [(r["step"], r["loss"], r["grad_norm"]) for r in records if "loss" in r]
-
-
-def weights(output: Path) -> dict[str, torch.Tensor]:
-    (file,) = (output / "hf").glob("*.safetensors")
-    return load_file(file)
+PHOTOGRAPHS = Path(__file__).parents[3] / "shared" / "data" / "cc12m-train-0000.tar"
 
 
 @pytest.mark.parametrize(
@@ -57,19 +25,9 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
     ],
     ids=["plain", "workers and async save", "bfloat16"],
 )
-def test_a_killed_run_resumes_bitwise(tmp_path, monkeypatch, changes):
+def test_a_killed_run_resumes_bitwise(tmp_path, changes):
     assert run(tmp_path / "whole", **changes) == 0
-    whole = train.train_step
-
-    def killed_in_step_5(state, metrics):
-        if state.step == 4:
-            raise KeyboardInterrupt
-        whole(state, metrics)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "train_step", killed_in_step_5)
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "killed", **changes)
+    run_killed(tmp_path / "killed", step=4, **changes)
     assert run(tmp_path / "killed", **changes) == 0
     assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
     resumed, expected = weights(tmp_path / "killed"), weights(tmp_path / "whole")
@@ -103,6 +61,50 @@ def test_a_frozen_branch_stays_and_the_others_learn(tmp_path):
     vision = {n for n in before if ".visual." in n and "merger" not in n}
     assert vision and not moved & vision
     assert {n for n in before if ".language_model." in n and "proj" in n} <= moved
+
+
+def test_a_branch_learns_at_its_own_rate(tmp_path):
+    assert run(tmp_path / "all", training__steps="1", schedule__warmup_steps="0") == 0
+    changes = {
+        "optimizer__branch_lr": "{ projector = 0.0, vision = 1e-2 }",
+        "checkpoint__initial_load_path": str(tmp_path / "all" / "hf"),
+        "schedule__kind": "constant",
+        "schedule__warmup_steps": "0",
+        "training__steps": "1",
+    }
+    assert run(tmp_path / "rates", **changes) == 0
+    before, after = weights(tmp_path / "all"), weights(tmp_path / "rates")
+    change = {name: (after[name] - before[name]).abs().max().item() for name in before}
+    projector = [change[name] for name in change if "merger" in name]
+    vision = [change[n] for n in change if ".visual." in n and "merger" not in n]
+    text = [change[name] for name in change if ".language_model.layers" in name]
+    assert max(projector) == 0.0
+    # Adam's first step moves a weight by its rate, whatever the gradient.
+    assert max(vision) == pytest.approx(1e-2, rel=0.1)
+    assert max(text) == pytest.approx(load_config("qwen_vlm_moe.toml").optimizer.lr, rel=0.1)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiling_changes_no_number(tmp_path, backend):
+    exact = {"training__dtype": "float64", "training__steps": "2"}
+    assert run(tmp_path / "plain", **exact) == 0
+    assert (
+        run(tmp_path / "compiled", **exact, compile__enable="true", compile__backend=backend) == 0
+    )
+    for ours, theirs in zip(curve(tmp_path / "compiled"), curve(tmp_path / "plain"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-11)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PHOTOGRAPHS.exists(), reason="needs the photographs of shared/data")
+def test_photographs_and_captions_are_learned_in_little_memory(tmp_path):
+    command = [sys.executable, "-m", "titan_vlm.train", "--config", "cc12m_debug.toml"]
+    settings = ["--data.path", str(PHOTOGRAPHS), "--run.output_dir", str(tmp_path)]
+    subprocess.run([*command, *settings], check=True)
+    losses = [loss for _, loss, _ in curve(tmp_path)]
+    assert len(losses) == 10
+    assert losses[-1] < 0.5 * losses[0]
+    assert getrusage(RUSAGE_CHILDREN).ru_maxrss < 6 * 2**20  # KiB
 
 
 @pytest.mark.parametrize("mode", ["full", "selective", "layers"])
@@ -142,9 +144,6 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, capfd):
 
 
 def test_a_batch_that_ranks_do_not_divide_is_refused_with_the_nearest():
-    from titan_vlm.config import load_config
-    from titan_vlm.errors import ConfigError
-
     config = load_config("qwen_vlm_moe.toml", ["--training.micro_batch_size", "2"])
     with pytest.raises(ConfigError, match="use 6 or 12"):
         train.check_batch(config, ranks=3)

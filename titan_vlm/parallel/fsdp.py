@@ -34,4 +34,6 @@ def apply(model: nn.Module, mesh: DeviceMesh, config: Config) -> nn.Module:
         if isinstance(module, FSDPModule):
             # The loss is a sum divided by the global number of targets: gradients are summed.
             module.set_gradient_divide_factor(1.0)
+            # Else a factor that is not the number of ranks becomes PREMUL_SUM, which gloo has not.
+            module.set_force_sum_reduction_for_comms(True)
     return model

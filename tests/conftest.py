@@ -1,0 +1,11 @@
+import pytest
+
+from tests.distributed.world import World
+
+
+@pytest.fixture(scope="session")
+def world():
+    """The gloo world that all distributed tests share."""
+    world = World()
+    yield world
+    world.close()

@@ -1,0 +1,43 @@
+"""FSDP2 over dp_shard: the same run on two ranks as on one."""
+
+import pytest
+import torch
+
+from tests.small_run import curve, run, run_killed, weights
+
+EXACT = {"training__dtype": "float64", "training__global_batch_size": "4"}
+
+
+def test_two_ranks_give_the_single_process_run(world, tmp_path):
+    exported = {"checkpoint__export_dtype": "float64"}
+    assert run(tmp_path / "one", **EXACT, **exported) == 0
+    assert world.run(2, run_small, tmp_path / "two", EXACT | exported) == [0, 0]
+    assert_same_curve(tmp_path / "two", tmp_path / "one", rel=1e-9)
+    ours, theirs = weights(tmp_path / "two"), weights(tmp_path / "one")
+    assert ours.keys() == theirs.keys()
+    for name, wanted in theirs.items():
+        torch.testing.assert_close(ours[name], wanted, rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_killed_run_of_two_ranks_resumes_bitwise(world, tmp_path, dtype):
+    changes = {"training__dtype": dtype, "checkpoint__async_save": "true"}
+    world.run(2, run_small, tmp_path / "whole", changes)
+    world.run(2, run_small_killed, tmp_path / "killed", changes)
+    world.run(2, run_small, tmp_path / "killed", changes)
+    assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
+    resumed, expected = weights(tmp_path / "killed"), weights(tmp_path / "whole")
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+
+
+def run_small(output, changes):
+    return run(output, **changes)
+
+
+def run_small_killed(output, changes):
+    run_killed(output, step=4, **changes)
+
+
+def assert_same_curve(ours, theirs, rel):
+    for a, b in zip(curve(ours), curve(theirs), strict=True):
+        assert a == pytest.approx(b, rel=rel)

@@ -1,0 +1,68 @@
+"""The trainer on a run of seconds, for tests of whole runs."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from titan_vlm import train
+
+SMALL = {
+    "model.flavor": "debug_moe",
+    "data.min_pixels": "1024",
+    "data.virtual_shards": "4",
+    "data.pack_window": "4",
+    "training.seq_len": "96",
+    "training.steps": "6",
+    "training.global_batch_size": "2",
+    "training.micro_batch_size": "1",
+    "training.dtype": "float32",
+    "schedule.warmup_steps": "2",
+    "checkpoint.every": "3",
+    "checkpoint.export_hf": "true",
+    "checkpoint.export_dtype": "float32",
+    "metrics.log_every": "1",
+    "metrics.tensorboard": "false",
+    "eval.every": "0",
+    "eval.samples": "3",
+    "eval.max_new_tokens": "2",
+}
+
+
+def run(output: Path, **changes: str) -> int:
+    """`section__key=value` changes the small run; returns the exit status."""
+    settings = SMALL | {key.replace("__", "."): value for key, value in changes.items()}
+    words = [word for key, value in settings.items() for word in (f"--{key}", value)]
+    return train.main(["--config", "qwen_vlm_moe.toml", "--run.output_dir", str(output), *words])
+
+
+def run_killed(output: Path, step: int, **changes: str) -> None:
+    """The same, interrupted when step `step` + 1 was about to begin."""
+    whole = train.train_step
+
+    def interrupted(state, metrics):
+        if state.step == step:
+            raise KeyboardInterrupt
+        whole(state, metrics)
+
+    train.train_step = interrupted
+    try:
+        run(output, **changes)
+    except KeyboardInterrupt:
+        return
+    finally:
+        train.train_step = whole
+    raise AssertionError(f"the run ended before step {step}")
+
+
+def curve(output: Path) -> list[tuple]:
+    """(step, loss, gradient norm) of each step, in the order of the log."""
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [(r["step"], r["loss"], r["grad_norm"]) for r in records if "loss" in r]
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    """The exported weights, by their Hugging Face names."""
+    (file,) = (output / "hf").glob("*.safetensors")
+    return load_file(file)
