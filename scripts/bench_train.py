@@ -2,9 +2,9 @@
 
 1. Forward, backward and optimizer step of our Qwen3-VL-MoE against transformers' with
    `experts_implementation="grouped_mm"` and `"eager"`: the same weights, batch, dtype, optimizer,
-   steps interleaved so that a noisy machine hits all alike. On CPU: 32 experts, top-4, width 256,
-   4 layers, 4 rows of 512 tokens with an image each, bf16. On CUDA: the layer dimensions of
-   Qwen3-VL-30B-A3B, and its MFU.
+   steps interleaved so that a noisy machine hits all alike. On CPU: 32 experts, top-4, model and
+   expert width 256, 4 layers, 4 rows of 512 tokens with an image each, bf16. On CUDA: the layer
+   dimensions of Qwen3-VL-30B-A3B, and its MFU.
 2. The MoE layer against a dense SwiGLU of the same floating-point operations per token.
 
 Figures are medians. The last line is one JSON object; a ratio above 1 of tokens per second means
@@ -26,6 +26,7 @@ import torch
 import transformers
 from torch import nn
 
+from titan_vlm.distributed import tune_cpu
 from titan_vlm.models.init import init_weights
 from titan_vlm.models.inputs import Batch
 from titan_vlm.models.layers.mlp import SwiGLU
@@ -53,6 +54,7 @@ def main() -> None:
     peers = ("grouped_mm",) if arguments.quick else ("grouped_mm", "eager")
     warnings.filterwarnings("ignore")
     transformers.utils.logging.set_verbosity_error()
+    tune_cpu()
     torch.set_num_threads(os.cpu_count() or 1)
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -95,7 +97,7 @@ def model_config(device: torch.device) -> Qwen3VLConfig:
         mrope_section=(6, 5, 5) if small else (24, 20, 20),
         num_experts=32 if small else 128,
         num_experts_per_tok=4 if small else 8,
-        moe_intermediate_size=192 if small else 768,
+        moe_intermediate_size=256 if small else 768,
     )
     vision = VisionConfig(
         depth=4,

@@ -145,7 +145,16 @@ def test_pairs_are_counted_once_under_activation_checkpointing():
 def test_swiglu_gradient_is_exact():
     gate_up = torch.randn(6, 10, dtype=torch.float64, requires_grad=True)
     weights = torch.rand(6, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(WeightedSwiGLU.apply, (gate_up, weights))
+    grad = torch.randn(6, 5, dtype=torch.float64)
+    gate, up = gate_up.chunk(2, -1)
+    plain = F.silu(gate) * up * weights.unsqueeze(-1)
+    wanted = torch.autograd.grad(plain, (gate_up, weights), grad)
+    ours = WeightedSwiGLU.apply(gate_up * 1.0, weights)  # a copy: its gradient overwrites it
+    torch.testing.assert_close(ours, plain, rtol=1e-14, atol=1e-14)
+    given = torch.autograd.grad(ours, (gate_up, weights), grad, retain_graph=True)
+    torch.testing.assert_close(given, wanted, rtol=1e-14, atol=1e-14)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(ours, (gate_up, weights), grad)
 
 
 def test_an_experts_weights_depend_on_seed_name_and_expert_alone():

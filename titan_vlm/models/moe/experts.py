@@ -58,7 +58,8 @@ def _matmul_per_group(x_RK: Tensor, weight_EKN: Tensor, ends_E: Tensor) -> Tenso
 class WeightedSwiGLU(torch.autograd.Function):
     """silu(gate) * up * weight, [R, 2F] -> [R, F], keeping only its inputs for the backward pass.
 
-    Products are rounded once to the dtype of `gate_up`; the weight's gradient is float32 at least.
+    The gradient of `gate_up` takes its place: memory that is in cache and that nobody reads any
+    more. So there is one backward pass; autograd refuses a second one.
     """
 
     @staticmethod
@@ -73,10 +74,11 @@ class WeightedSwiGLU(torch.autograd.Function):
         gate_up_RF, weights_R = ctx.saved_tensors
         gate, up = gate_up_RF.chunk(2, -1)
         activated = F.silu(gate)
-        grad_weights = (grad_RF * activated).mul_(up).sum(-1, dtype=weights_R.dtype)
-        grad = grad_RF * weights_R.to(grad_RF.dtype).unsqueeze(-1)
-        grad_gate_up = torch.empty_like(gate_up_RF)
-        grad_gate, grad_up = grad_gate_up.chunk(2, -1)
-        torch.mul(grad, activated, out=grad_up)
-        grad_gate.copy_(torch.ops.aten.silu_backward(grad.mul_(up), gate))
-        return grad_gate_up, grad_weights
+        grad_activated = grad_RF * up
+        torch.mul(grad_RF, activated, out=up)
+        # A product with ones sums in float32 and reads its input once; `sum(dtype=float32)` of
+        # bfloat16 on a CPU first casts a copy of it, and takes as long as a matmul.
+        grad_weights = activated.mul_(grad_activated) @ activated.new_ones(activated.shape[-1])
+        torch.ops.aten.silu_backward.grad_input(grad_activated, gate, grad_input=gate)
+        gate_up_RF.mul_(weights_R.to(gate.dtype).unsqueeze(-1))
+        return gate_up_RF, grad_weights.to(weights_R.dtype)
