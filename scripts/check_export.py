@@ -29,7 +29,7 @@ from titan_vlm.assembly import Parts, assemble, export
 from titan_vlm.config import Config, load_config
 from titan_vlm.data.chat import Encoder, for_template
 from titan_vlm.data.sample import RawSample
-from titan_vlm.data.sources import build_source
+from titan_vlm.data.sources import build_held_out
 from titan_vlm.data.tokenizer import IMAGE_PAD
 from titan_vlm.errors import ConfigError, DataError
 from titan_vlm.evaluation.validate import last_assistant_turn, make_prompt, text_of
@@ -73,7 +73,7 @@ def compare(
 ) -> tuple[list[RawSample], list[list[int]], list[list[int]], Parts]:
     """Samples, our tokens and transformers' tokens for each."""
     parts = assemble(config)
-    source = build_source(config.data, config.eval.split, config.run.seed, config.eval.path)
+    source = build_held_out(config)
     chosen = [source[i] for i in range(min(samples, len(source)))]
     prompts = [raw.messages[: last_assistant_turn(raw.messages)] for raw in chosen]
     longest, stop = config.eval.max_new_tokens, parts.tokenizer.eos_token_id

@@ -13,6 +13,7 @@ One tensor at a time is in memory.
 
 import argparse
 import json
+import math
 import shutil
 import sys
 import warnings
@@ -81,8 +82,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="size of a file (5)")
     arguments = parser.parse_args(argv)
-    if arguments.max_shard_gb <= 0:
-        parser.error("--max-shard-gb must be positive")
+    if not 0 < arguments.max_shard_gb < math.inf:  # false for nan, too
+        parser.error("--max-shard-gb must be positive and finite")
     return arguments
 
 
@@ -118,7 +119,8 @@ def _with_dtype(content: dict, dtype: str) -> str:
 
 def convert_checkpoint(source: Path, target: Path, arguments: argparse.Namespace) -> None:
     """Training checkpoint to Hugging Face."""
-    toml = Path(arguments.config) if arguments.config else source.parent.parent / "config.toml"
+    run = source.resolve().parent.parent  # SOURCE may be a bare name, from inside checkpoints/
+    toml = Path(arguments.config) if arguments.config else run / "config.toml"
     if not toml.is_file():
         raise ConfigError(f"{toml} is missing; --config names the configuration of the run")
     config = load_config(str(toml))

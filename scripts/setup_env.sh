@@ -5,8 +5,9 @@
 #   TITAN_PYTHON   the Python to make .venv with (default python3; 3.11 or newer)
 #   TITAN_NO_VENV  1: make nothing, use TITAN_PYTHON as it is (machines that bring their own torch)
 #
-# Safe to interrupt and to call twice at once: the stamp is written last, an unfinished .venv is
-# rebuilt, and a second caller waits for the first.
+# Safe to interrupt and to call twice at once: .venv/unfinished, which holds the stamp-to-be, is there
+# from before the first change and becomes .venv/stamp by one rename after the last; what was left
+# unfinished is rebuilt, and a second caller waits for the first.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -23,15 +24,26 @@ is_recent='import sys; sys.exit(sys.version_info < (3, 11))'
 
 if [ "${TITAN_NO_VENV:-0}" = 1 ]; then
     missing=$("$python" - "$root/pyproject.toml" <<'PY'
-import re, sys, tomllib
+import sys, tomllib
 from importlib.metadata import PackageNotFoundError, version
 
-for requirement in tomllib.load(open(sys.argv[1], "rb"))["project"]["dependencies"]:
-    name = re.match(r"[\w.-]+", requirement)[0]
+try:
+    from packaging.requirements import Requirement
+    from packaging.version import Version
+except ImportError:  # pip carries a copy
+    from pip._vendor.packaging.requirements import Requirement
+    from pip._vendor.packaging.version import Version
+
+for text in tomllib.load(open(sys.argv[1], "rb"))["project"]["dependencies"]:
+    requirement = Requirement(text)
     try:
-        version(name)
+        found = version(requirement.name)
     except PackageNotFoundError:
-        print(requirement)
+        print(text)
+        continue
+    # Vendors call their build of 2.11 something like 2.11.0a0+1234.
+    if not requirement.specifier.contains(Version(found).base_version):
+        print(f"{text} (has {found})")
 PY
     )
     [ -z "$missing" ] || die "TITAN_NO_VENV=1, but $python lacks:" $missing
@@ -46,15 +58,18 @@ root = sys.argv[1]
 print(hashlib.sha256(root.encode() + open(f"{root}/pyproject.toml", "rb").read()).hexdigest())
 PY
 )
-is_ready() { [ "$(cat "$venv/stamp" 2>/dev/null)" = "$wanted" ]; }
+is_ready() { [ ! -e "$venv/unfinished" ] && [ "$(cat "$venv/stamp" 2>/dev/null)" = "$wanted" ]; }
 
 build() {
-    local began=$SECONDS torch
+    local began=$SECONDS torch rebuild=
     if [ -e "$venv/unfinished" ] || ! "$venv/bin/python" -c "$is_recent" 2>/dev/null; then
-        rm -rf "$venv"
+        rebuild=1
     fi
     mkdir -p "$venv"
-    touch "$venv/unfinished"
+    printf '%s\n' "$wanted" >"$venv/unfinished"
+    if [ "$rebuild" ]; then # the mark stays: a kill half-way through must not leave half a .venv
+        find "$venv/" -mindepth 1 -maxdepth 1 ! -name unfinished -exec rm -rf {} +
+    fi
     if [ ! -e "$venv/bin/python" ]; then
         say "1/3 making .venv with $("$python" -V)"
         "$python" -m venv "$venv" >&2 ||
@@ -73,20 +88,19 @@ build() {
     "$venv/bin/python" -m pip install -e "$root[dev]" >&2 ||
         die "installing titan_vlm failed, pip says why above; the same command tries again"
 
-    printf '%s\n' "$wanted" >"$venv/stamp"
-    rm "$venv/unfinished"
+    mv "$venv/unfinished" "$venv/stamp"
     say "done in $((SECONDS - began)) s"
 }
 
 if ! is_ready; then
-    # The lock is on pyproject.toml itself: .venv may be removed. Where there is no flock (macOS), a
-    # second caller at the same time is not kept out.
-    exec 9<"$root/pyproject.toml"
+    # Beside .venv, which may be removed; opened for writing, without which NFS locks nothing. Where
+    # there is no flock (macOS), a second caller at the same time is not kept out.
+    exec 9>"$root/.venv.lock"
     if command -v flock >/dev/null && ! flock -n 9; then
         say "another process is setting up .venv, waiting for it"
         flock 9
     fi
     is_ready || build
-    exec 9<&-
+    exec 9>&-
 fi
 printf '%s\n' "$venv/bin/python"

@@ -219,7 +219,9 @@ class Eval:
     every: int = setting(
         0, "Validate every n steps; 0: at the end only, where there is held-out data.", at_least=0
     )
-    split: str = setting("validation", "Split to validate on (sources digits and hf).")
+    split: str = setting(
+        "validation", "Split to validate on (sources digits, and hf where it has this split)."
+    )
     path: str = setting("", "Held-out data in the format of data.source. Empty: data.path.")
     samples: int = setting(200, "Samples to validate on.", at_least=1)
     max_new_tokens: int = setting(16, "Longest answer that is decoded.", at_least=1)
@@ -295,6 +297,7 @@ def _conflicts(config: Config) -> Iterator[str]:
         )
 
     has_splits = data.source in ("digits", "hf")
+    is_same = is_same_data(evaluation.path, data.path)
     if data.source == "digits" and evaluation.path:
         yield f'eval.path: expected none for source = "digits", got "{evaluation.path}"'
     if evaluation.every and not has_splits and not evaluation.path:
@@ -302,11 +305,21 @@ def _conflicts(config: Config) -> Iterator[str]:
             f'eval.path: expected held-out data, because source = "{data.source}" has no '
             f"validation split and eval.every is {evaluation.every}; or set eval.every = 0"
         )
-    if has_splits and evaluation.split == data.split and evaluation.path in ("", data.path):
+    if evaluation.path and is_same and not has_splits:
+        yield (
+            f'eval.path: expected other data than data.path ("{data.path}"): '
+            "validation on samples trained on measures nothing"
+        )
+    if has_splits and is_same and evaluation.split == data.split:
         yield (
             f'eval.split: expected another split than data.split ("{data.split}"): '
             "validation on samples trained on measures nothing"
         )
+
+
+def is_same_data(eval_path: str, data_path: str) -> bool:
+    """Whether `eval.path`, which may be left out, leads to the data of `data.path`."""
+    return not eval_path or os.path.realpath(eval_path) == os.path.realpath(data_path)
 
 
 def load_config(path_or_name: str, overrides: Sequence[str] = ()) -> Config:
@@ -350,6 +363,8 @@ def _read_toml(path: Path) -> dict:
         raise ConfigError(f"{path}: expected UTF-8 text, got byte {error.start}") from error
     try:
         return tomllib.loads(text)
+    except RecursionError as error:
+        raise ConfigError(f"{path}: not valid TOML: values nested too deeply") from error
     except ValueError as error:
         line = re.search(r"at line (\d+)", str(error))
         number = line[1] if line else len(text.splitlines())

@@ -21,6 +21,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from titan_vlm.errors import ConfigError
 
+MAX_INT = 2**63 - 1  # what every reader of TOML takes; tomllib knows no limit
+
 
 def setting(
     default: Any,
@@ -159,7 +161,7 @@ _HOLDS = {
 
 
 def _number(value: int | float, kind: type, bounds: dict[str, float]) -> int | float:
-    if kind is int and isinstance(value, float):
+    if kind is int and (isinstance(value, float) or abs(value) > MAX_INT):
         raise _Unfit
     try:
         number = kind(value)
@@ -180,7 +182,7 @@ def _parse(text: str, kind: Any) -> Any:
         return _parse_toml(text)
     if origin is list:
         item = get_args(kind)[0]
-        return [_parse(part.strip(), item) for part in text.split(",")] if text else []
+        return [_parse(part.strip(), item) for part in text.split(",") if part.strip()]
     if kind is bool:
         return {"true": True, "false": False}.get(text, text)
     if kind in (int, float):
@@ -194,7 +196,7 @@ def _parse(text: str, kind: Any) -> Any:
 def _parse_toml(text: str) -> Any:
     try:
         table = tomllib.loads(f"value = {text}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
     return table["value"] if len(table) == 1 else text
 
@@ -220,7 +222,10 @@ def _name(kind: Any) -> str:
 
 def _show(value: Any) -> str:
     """As a reader of TOML knows it (true, not True), and short."""
-    shown = json.dumps(value, default=str, ensure_ascii=False)
+    try:
+        shown = json.dumps(value, default=str, ensure_ascii=False)
+    except (ValueError, RecursionError):  # thousands of digits, or of brackets
+        return "a value too large to show"
     return shown if len(shown) <= 80 else f"{shown[:77]}..."
 
 

@@ -24,10 +24,12 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from titan_vlm import distributed
 from titan_vlm.assembly import Parts, assemble, export
-from titan_vlm.config import Config, config_from_args, config_to_toml
+from titan_vlm.config import Config, config_from_args, config_to_toml, is_same_data
 from titan_vlm.data.chat import Encoder
-from titan_vlm.data.loader import RowLoader, build_loader
-from titan_vlm.data.rows import Row, collate
+from titan_vlm.data.loader import MAX_REASONS, RowLoader, build_loader
+from titan_vlm.data.packing import Counts
+from titan_vlm.data.rows import collate
+from titan_vlm.data.sources.hf import has_split
 from titan_vlm.errors import ConfigError, DataError
 from titan_vlm.evaluation.validate import Result, Validator
 from titan_vlm.models.init import init_weights
@@ -94,7 +96,7 @@ def train(config: Config) -> None:
             validate(run, validator, metrics)
         if last or due(run.step, config.checkpoint.every):
             with metrics.pause():
-                state = {"loader": loader.state_dict(), "skipped": run.skipped}
+                state = {"loader": loader.state_dict()}
                 checkpointer.save(run.step, model, optimizer, state)
     checkpointer.wait()
     loader.close()
@@ -130,7 +132,7 @@ def train_step(run: Run, metrics: MetricsLogger) -> None:
         rows = list(islice(run.loader, config.global_batch_size // run.mesh.size()))
     size = config.micro_batch_size
     batches = [collate(rows[i : i + size]) for i in range(0, len(rows), size)]
-    counts = global_counts(run, rows, batches)
+    counts = global_counts(run, batches)
 
     # The loss is the mean over the targets of the whole global batch. Every rank and micro-batch
     # divides its own sum by their number, and gradients are summed, never averaged.
@@ -142,8 +144,8 @@ def train_step(run: Run, metrics: MetricsLogger) -> None:
     report_step(run, metrics, counts, loss, norm, rates)
 
 
-def global_counts(run: Run, rows: list[Row], batches: list[Batch]) -> dict[str, float]:
-    """What the global batch holds, summed over the ranks on the host; adds to `run.skipped`."""
+def global_counts(run: Run, batches: list[Batch]) -> dict[str, float]:
+    """What the global batch holds, summed over the ranks on the host; updates `run.skipped`."""
     spec, dims = run.parts.spec, run.parts.dims
     counts = {
         "targets": sum(int(b.num_targets) for b in batches),
@@ -153,12 +155,29 @@ def global_counts(run: Run, rows: list[Row], batches: list[Batch]) -> dict[str, 
         "images": sum(b.num_images for b in batches),
         "flops": sum(spec.flops(dims, b.doc_lens, b.grids) for b in batches),
     }
-    skipped = {name: sum(getattr(row.counts, name) for row in rows) for name in run.skipped}
-    values = torch.tensor([*counts.values(), *skipped.values()], dtype=torch.float64)
+    so_far = run.loader.counts.as_list()
+    values = torch.tensor([*counts.values(), *so_far], dtype=torch.float64)
     values = distributed.sum_over_ranks(values).tolist()
-    for name, value in zip(skipped, values[len(counts) :], strict=True):
-        run.skipped[name] += int(value)
+    total = Counts(*map(int, values[len(counts) :]))
+    run.skipped = {name: getattr(total, name) for name in run.skipped}
+    check_bad(run, total)
     return dict(zip(counts, values, strict=False))
+
+
+def check_bad(run: Run, total: Counts) -> None:
+    """Judged on the sums over all ranks since the run began: so every rank ends it at the same
+    step, on any mesh, and a resumed run where the uninterrupted one would."""
+    limit = run.config.data.max_bad_fraction
+    if not total.too_many_bad(limit):
+        return
+    found: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(found, list(run.loader.reasons))  # the bad may all be another rank's
+    # Ranks that share their rows have the same reasons.
+    reasons = list(dict.fromkeys(reason for rank in found for reason in rank))[:MAX_REASONS]
+    raise DataError(
+        f"{total.bad} of {total.seen} samples are bad, more than data.max_bad_fraction = {limit} "
+        f"allows: {'; '.join(reasons) or 'the log of the run names them'}"
+    )
 
 
 def forward_backward(run: Run, batch: Batch, targets: float) -> Tensor:
@@ -275,8 +294,20 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, config: Config) -> nn.Module
 
 
 def has_held_out_data(config: Config) -> bool:
-    """Sources without splits hold data out only where `eval.path` names it."""
-    return bool(config.eval.path) or config.data.source in ("digits", "hf")
+    """Sources without splits hold data out only where `eval.path` names it; a Hugging Face dataset
+    also where it has the split `eval.split`."""
+    data, evaluation = config.data, config.eval
+    if data.source != "hf" or not is_same_data(evaluation.path, data.path):
+        return bool(evaluation.path) or data.source == "digits"
+    if has_split(data.path, evaluation.split):
+        return True
+    if evaluation.every:
+        raise ConfigError(
+            f'eval.split = "{evaluation.split}": {data.path} has no such split and eval.every is '
+            f"{evaluation.every}; name another one or eval.path, or set eval.every = 0"
+        )
+    logger.info('no validation: %s has no split "%s"', data.path, evaluation.split)
+    return False
 
 
 # ---------------------------------------------------------------------------- resume, export
@@ -289,7 +320,7 @@ def resume(run: Run, checkpointer: Checkpointer) -> None:
         return
     state = checkpointer.load(step, run.model, run.optimizer)
     run.loader.load_state_dict(state["loader"])
-    run.skipped, run.step = state["skipped"], step
+    run.step = step
     logger.info("resumed at step %d", step)
 
 

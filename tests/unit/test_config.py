@@ -136,6 +136,8 @@ def test_defaults_pass_their_own_checks(toml):
         ("--training.freeze=vision, text.layers.*", ["vision", "text.layers.*"]),
         ('--training.freeze=["a,b"]', ["a,b"]),
         ("--training.freeze=", []),
+        ("--training.freeze=vision,", ["vision"]),
+        ("--training.freeze= , vision ,,text", ["vision", "text"]),
         ("--optimizer.betas=0.8,0.9", [0.8, 0.9]),
         ("--optimizer.betas=[0, 0.9]", [0.0, 0.9]),
         ("--optimizer.branch_lr={vision=1e-4}", {"vision": 1e-4}),
@@ -265,6 +267,33 @@ def test_an_integer_beyond_floats_is_refused(toml):
     assert message.endswith("...")
 
 
+HUGE = f"0x{'f' * 5000}"  # more digits than Python writes in decimal
+
+
+@pytest.mark.parametrize("key", ["run.seed", "training.steps", "optimizer.lr", "data.path"])
+def test_an_integer_of_thousands_of_digits_is_refused(key, toml):
+    section, name = key.split(".")
+    path = toml(f"[{section}]\n{name} = {HUGE}\n")
+    message = refusal(path)
+    assert message.startswith(f"{path}: {key}: expected ")
+    assert message.endswith(", got a value too large to show")
+
+
+def test_an_integer_beyond_those_of_toml_is_refused(toml):
+    assert load_config(toml(f"[training]\nsteps = {2**63 - 1}")).training.steps == 2**63 - 1
+    assert refusal(toml(f"[training]\nsteps = {2**63}")).endswith(f"got {2**63}")
+
+
+def test_values_nested_without_end_are_refused(toml):
+    deep = "[" * 5000 + "]" * 5000
+    path = toml(f"[run]\nseed = {deep}")
+    assert refusal(path) == f"{path}: not valid TOML: values nested too deeply"
+    for key, expected in (("training.freeze", "list of string"), ("optimizer.branch_lr", "table")):
+        assert f"{key}: expected {expected}" in refusal(toml(""), [f"--{key}={deep}"])
+    path = toml(f"run.seed{'.a' * 5000} = 1")  # no recursion to read, one to show
+    assert refusal(path).endswith("got a value too large to show")
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -382,10 +411,15 @@ LLAVA = "[data]\nsource = 'llava'\n"
             "got 6",
         ),
         (f"{LLAVA}path = 'x'\n[eval]\nevery = 5", "eval.path: expected held-out data"),
+        (f"{LLAVA}path = 'x'\n[eval]\npath = 'x'", 'expected other data than data.path ("x")'),
+        (
+            "[data]\nsource = 'webdataset'\npath = 'a/x'\n[eval]\npath = './a/../a/x'",
+            'eval.path: expected other data than data.path ("a/x")',
+        ),
         ("[eval]\npath = 'x'", 'eval.path: expected none for source = "digits", got "x"'),
         ("[eval]\nsplit = 'train'", 'eval.split: expected another split than data.split ("train")'),
         (
-            "[data]\nsource = 'hf'\npath = 'x'\n[eval]\nsplit = 'train'\npath = 'x'",
+            "[data]\nsource = 'hf'\npath = 'x'\n[eval]\nsplit = 'train'\npath = 'x/'",
             'eval.split: expected another split than data.split ("train")',
         ),
     ],
@@ -406,6 +440,7 @@ def test_settings_that_do_not_go_together_are_refused(text, expected, toml):
         f"{LLAVA}path = 'x'\n[eval]\nevery = 5\npath = 'y'",
         f"{LLAVA}path = 'x'\n[eval]\nsplit = 'train'",
         "[data]\nsource = 'hf'\npath = 'x'\n[eval]\nsplit = 'train'\npath = 'y'",
+        "[data]\nsource = 'hf'\npath = 'x'\n[eval]\nsplit = 'test'\npath = 'x'",
         "[data]\nmin_pixels = 8\nmax_pixels = 8",
     ],
 )

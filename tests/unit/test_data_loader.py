@@ -3,15 +3,21 @@
 import dataclasses
 import json
 import pickle
+import random
+import re
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from tests.small_run import curve, run, run_killed
 from titan_vlm.config import Config, Data, Training
 from titan_vlm.data.chat import Encoder
 from titan_vlm.data.images import visual_spec
 from titan_vlm.data.loader import PackedRows, RowLoader, build_loader, merge_states
+from titan_vlm.data.packing import Counts
 from titan_vlm.data.rows import collate, make_row
 from titan_vlm.data.sample import ImageRef, RawSample, image_part, open_bytes, text_part
 from titan_vlm.data.tokenizer import load_tokenizer
@@ -113,15 +119,19 @@ def test_resuming_where_rows_do_not_divide_among_ranks_is_refused(tokenizer):
 
 
 def test_shards_that_do_not_divide_among_ranks_and_workers_are_refused(tokenizer):
-    with pytest.raises(ConfigError, match="no multiple of 6.*use 6 or 12, or data.num_workers = 2"):
+    with pytest.raises(
+        ConfigError, match="of 6 .* use data.num_workers = 2, or .*shards = 6 or 12"
+    ):
         build_loader(with_workers(3), tokenizer, SPEC, 0, 2)
 
 
 class TinySource:
-    """A few samples; some with a picture that breaks when decoded."""
+    """A few samples; some with a picture that breaks when decoded, some too long for a row: for
+    their question, so that nothing is left to learn from the first part, or for their answer."""
 
-    def __init__(self, size, broken=(), bad=()):
+    def __init__(self, size, broken=(), bad=(), long_question=(), long_answer=()):
         self.size, self.broken, self.bad = size, broken, bad
+        self.long_question, self.long_answer = long_question, long_answer
 
     def __len__(self):
         return self.size
@@ -130,13 +140,16 @@ class TinySource:
         number = index % self.size
         if number in self.bad:
             raise DataError(f"tiny:{number}: malformed JSON")
-        parts = [text_part(f"Number {number}?")]
+        parts = [text_part(f"Number {number}?" + " and" * 99 * (number in self.long_question))]
         if number in self.broken:
             ref = ImageRef(f"{number}.jpg", partial(open_bytes, b"not an image"), size=(32, 32))
             parts.insert(0, image_part(ref))
         messages = [
             {"role": "user", "content": parts},
-            {"role": "assistant", "content": [text_part(str(number))]},
+            {
+                "role": "assistant",
+                "content": [text_part(str(number) + " and" * 99 * (number in self.long_answer))],
+            },
         ]
         return RawSample(str(index), messages, f"tiny:{number}")
 
@@ -160,12 +173,13 @@ def test_every_sample_of_every_epoch_is_seen_exactly_once(tokenizer, workers):
 
 
 def test_broken_picture_leaves_its_sample_out_of_the_row_and_is_counted(tokenizer, caplog):
-    whole = tiny_loader(tokenizer, TinySource(20), max_bad_fraction=1.0)
-    loader = tiny_loader(tokenizer, TinySource(20, broken={3}), max_bad_fraction=1.0)
+    whole = tiny_loader(tokenizer, TinySource(20))
+    loader = tiny_loader(tokenizer, TinySource(20, broken={3}))
     rows = [next(loader) for _ in range(12)]
     ids = {int(k) % 20 for row in rows for k in row.sample_ids}
     assert ids == set(range(20)) - {3}
     assert sum(row.counts.bad for row in rows) >= 1
+    assert not any(row.num_images or row.grids or len(row.pixels_NC) for row in rows)
     assert "skipped tiny:3: 3.jpg: broken image" in caplog.text
     assert sum(len(next(whole).sample_ids) for _ in range(12)) > 20
     for row in rows:
@@ -180,13 +194,134 @@ def test_loader_can_be_sent_to_a_worker_that_is_not_forked(reference, tokenizer)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_too_many_bad_samples_end_the_run_with_the_reason(tokenizer, workers):
+def test_the_loader_counts_bad_samples_and_keeps_examples_of_the_reasons(tokenizer, workers):
     loader = tiny_loader(tokenizer, TinySource(20, bad={5, 6}), workers)
-    reason = r"^\d+ of \d+ samples are bad, .*max_bad_fraction = 0.01 allows; the last: tiny:.: mal"
-    with pytest.raises(DataError, match=reason):
-        for _ in range(200):
-            next(loader)
+    rows = [next(loader) for _ in range(60)]
     loader.close()
+    assert loader.counts == sum((row.counts for row in rows), Counts())
+    assert loader.counts.bad > loader.counts.seen / 20
+    assert len(loader.reasons) == 3
+    assert set(loader.reasons) <= {f"tiny:{k}: malformed JSON" for k in (5, 6)}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_source_of_which_nothing_can_be_used_ends_the_run_with_the_reason(tokenizer, workers):
+    loader = tiny_loader(tokenizer, TinySource(20, bad=range(20)), workers)
+    with pytest.raises(
+        DataError, match="^none of the first 100 samples .*; the last: tiny:.*: mal"
+    ):
+        next(loader)
+    loader.close()
+
+
+HARD = TinySource(
+    41, broken={3, 30}, bad={5, 6, 23}, long_question={8, 29}, long_answer={1, 13, 14}
+)
+
+
+@pytest.mark.parametrize("overlong", ["drop", "cut"])
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (4, 2)])
+def test_resumed_rows_and_counts_are_those_of_the_uninterrupted_run(
+    tokenizer, overlong, before, after
+):
+    def make(ranks):
+        options = {"overlong": overlong, "ranks": ranks}
+        return [tiny_loader(tokenizer, HARD, rank=rank, **options) for rank in range(ranks)]
+
+    whole = make(1)
+    rows = interleaved(whole, 48)
+    for stop in (4, 8, 28):
+        loaders = make(before)
+        interleaved(loaders, stop)
+        state = merge_states([loader.state_dict() for loader in loaders])
+        loaders = make(after)
+        for loader in loaders:
+            loader.load_state_dict(state)
+        # Before any shard is at work again, and as soon as some are.
+        for upto in (stop, stop + 2, 48):
+            done = sum((row.counts for row in rows[:upto]), Counts())
+            assert_same(interleaved(loaders, upto - stop), rows[stop:upto])
+            assert sum((loader.counts for loader in loaders), Counts()) == done
+            stop = upto
+    assert whole[0].counts.bad and whole[0].counts.dropped
+    assert bool(whole[0].counts.cut) == (overlong == "cut")
+
+
+def test_a_sample_that_breaks_while_the_run_is_down_is_counted(tokenizer):
+    loader = tiny_loader(tokenizer, TinySource(200))
+    first = next(loader)
+    state = loader.state_dict()
+    waiting = loader.rows.order[state["shards"][0]["pending"][0]]
+    again = tiny_loader(tokenizer, TinySource(200, bad={waiting}))
+    again.load_state_dict(state)
+    assert again.counts == first.counts
+    rows = [next(again) for _ in range(4)]
+    assert rows[3].counts.bad == again.counts.bad == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"virtual_shards": 8}, "data.virtual_shards = 8, .* began with 4 .* go back to 4"),
+        ({"seq_len": 32}, "training.seq_len = 32, .* began with 64"),
+        ({"seed": 7}, "run.seed = 7, .* began with 0"),
+        ({"source": TinySource(31)}, "number of samples in data.path = 31, .* began with 30"),
+    ],
+)
+def test_resuming_what_would_be_another_sequence_is_refused(tokenizer, change, said):
+    loader = tiny_loader(tokenizer, TinySource(30))
+    next(loader)
+    again = tiny_loader(tokenizer, **{"source": TinySource(30)} | change)
+    with pytest.raises(ConfigError, match=said):
+        again.load_state_dict(merge_states([loader.state_dict()]))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_reading_rows_draws_nothing_from_the_random_generators_of_the_run(tokenizer, workers):
+    def states():
+        return [torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())]
+
+    before = states()
+    loader = tiny_loader(tokenizer, TinySource(20), workers)
+    for _ in range(3):
+        next(loader)
+    loader.close()
+    assert states() == before
+
+
+def bad_run(output, path, **changes):
+    """Exit status of a run on JSONL; and in a process of its own, for several ranks."""
+    data = {"data__source": "openai", "data__path": path, "training__steps": "40"}
+    return run(output, **data | changes)
+
+
+@pytest.fixture
+def tenth_bad(tmp_path):
+    """JSONL of 60 conversations with a malformed line in each ten."""
+    turns = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "This."}]
+    good = json.dumps({"messages": turns})
+    path = tmp_path / "talks.jsonl"
+    path.write_text("".join("{\n" if k % 10 == 3 else good + "\n" for k in range(60)))
+    return str(path)
+
+
+def test_too_many_bad_samples_end_the_run_at_the_same_step_anyhow(
+    world, tmp_path, tenth_bad, capfd
+):
+    assert bad_run(tmp_path / "whole", tenth_bad) == 2
+    reason = rf"error: \d+ of \d+ samples are bad, .*max_bad_fraction = 0.01 .*{tenth_bad}:\d*4: "
+    (error,) = [x for x in capfd.readouterr().err.splitlines() if x.startswith("error")]
+    assert re.match(reason, error)
+    end = curve(tmp_path / "whole")[-1][0]
+    assert 4 < end < 40
+    data = {"data__source": "openai", "data__path": tenth_bad, "training__steps": "40"}
+    run_killed(tmp_path / "killed", step=4, **data)
+    assert bad_run(tmp_path / "killed", tenth_bad, data__num_workers="2") == 2
+    assert curve(tmp_path / "killed")[-1][0] == end
+    assert world.run(2, bad_run, tmp_path / "two", tenth_bad) == [2, 2]
+    assert curve(tmp_path / "two")[-1][0] == end
+    allowed = {"data__max_bad_fraction": "0.2", "training__steps": str(end + 1)}
+    assert bad_run(tmp_path / "allowed", tenth_bad, **allowed) == 0
 
 
 def test_rows_and_batches_have_the_layout_that_models_read(reference, tokenizer):
@@ -220,6 +355,39 @@ def test_rows_and_batches_have_the_layout_that_models_read(reference, tokenizer)
 def test_packing_wastes_little(reference):
     used = sum(row.valid_S.sum().item() for row in reference)
     assert used / (len(reference) * 128) > 0.9
+
+
+def colored(name, colors, broken=False):
+    """A conversation about pictures of one colour each."""
+    pictures = [
+        image_part(ImageRef(color, partial(Image.new, "RGB", (32, 32), color), size=(32, 32)))
+        for color in colors
+    ]
+    if broken:
+        ref = ImageRef("broken", partial(open_bytes, b"not an image"), size=(32, 32))
+        pictures.append(image_part(ref))
+    messages = [
+        {"role": "user", "content": [*pictures, text_part("?")]},
+        {"role": "assistant", "content": [text_part("!")]},
+    ]
+    return RawSample(name, messages, name)
+
+
+def test_pictures_of_a_row_stay_with_their_samples(tokenizer):
+    encoder = Encoder(tokenizer, SPEC)
+    raws = [
+        colored("a", ["black", "gray"]),
+        colored("b", ["silver"], broken=True),
+        colored("c", ["white"]),
+    ]
+    samples = [encoder.encode(raw) for raw in raws]
+    row = make_row(samples, 128, encoder, on_broken=lambda sample, error: None)
+    assert row.sample_ids == ["a", "c"]
+    whole = [visual for sample in (samples[0], samples[2]) for visual in sample.visuals]
+    expected = np.concatenate([visual.pixels(SPEC) for visual in whole])
+    assert np.array_equal(row.pixels_NC.numpy(), expected)
+    assert len(np.unique(expected.mean(1))) == 3  # the colours can be told apart
+    assert row.num_images == len(row.grids) == collate([row]).num_images == 3
 
 
 def test_a_broken_picture_without_a_handler_is_an_error(tokenizer):

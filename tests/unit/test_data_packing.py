@@ -52,19 +52,29 @@ def test_shards_take_every_vth_sample_of_the_order():
         ]
 
 
-def test_state_restores_the_following_rows_after_any_row():
+@pytest.mark.parametrize("overlong", ["drop", "cut"])
+def test_state_restores_the_following_rows_and_counts_after_any_row(overlong):
+    def fetch(position):
+        if position % 11 == 7:
+            raise DataError(f"f:{position}: bad")
+        return lengths(5, 4, 2, 1, 3, 6, 9)(position)
+
     def make():
-        return Shard(1, 2, lengths(5, 4, 2, 1, 3, 6, 9), seq_len=8, window=4)
+        return Shard(1, 2, fetch, seq_len=8, window=4, overlong=overlong)
+
+    def next_row(shard):
+        return [(s.id, len(s)) for s in shard.next_row()], shard.counts.as_list()
 
     shard = make()
     states, rows = [], []
     for _ in range(30):
         states.append(shard.state_dict())
-        rows.append(ids(shard.next_row()))
+        rows.append(next_row(shard))
+    assert shard.counts.bad and (shard.counts.cut if overlong == "cut" else shard.counts.dropped)
     for k in range(27):
         again = make()
         again.load_state_dict(states[k])
-        assert [ids(again.next_row()) for _ in range(3)] == rows[k : k + 3]
+        assert [next_row(again) for _ in range(3)] == rows[k : k + 3]
         assert len(states[k]["pending"]) <= 4
 
 
@@ -78,8 +88,40 @@ def test_overlong_samples_are_dropped_and_counted_or_cut_and_counted():
 
 
 def test_source_of_which_nothing_fits_ends_with_an_error_instead_of_searching_for_ever():
-    with pytest.raises(DataError, match="none of the first 100 samples fits.*seq_len = 8"):
+    with pytest.raises(
+        DataError, match="none of the first 100 samples.*9 tokens.*seq_len = 8: rai"
+    ):
         Shard(0, 1, lengths(9), seq_len=8).next_row()
+
+
+def partly(is_good):
+    """A source whose other samples are bad and too long in turn."""
+
+    def fetch(position):
+        if is_good(position):
+            return sample(position, 4)
+        if position % 2:
+            raise DataError(f"f:{position}: malformed JSON")
+        return sample(position, 9)
+
+    return fetch
+
+
+def test_bad_and_overlong_samples_together_are_nothing_to_use_either():
+    with pytest.raises(DataError, match="none of the first 100 samples.*f:99: malformed JSON"):
+        Shard(0, 1, partly(lambda position: False), seq_len=8).next_row()
+
+
+def test_a_source_that_breaks_on_the_way_ends_with_an_error_too():
+    shard = Shard(0, 1, partly(lambda position: position < 20), seq_len=8, window=2)
+    with pytest.raises(DataError, match="none of the last 1000 samples can be used.*f:1019: malf"):
+        for _ in range(20):
+            shard.next_row()
+
+
+def test_a_source_of_which_little_can_be_used_is_searched_on():
+    shard = Shard(0, 1, partly(lambda position: position % 700 == 5), seq_len=8, window=2)
+    assert [ids(shard.next_row()) for _ in range(3)] == [[5, 705], [1405, 2105], [2805, 3505]]
 
 
 def test_bad_samples_are_skipped_counted_and_logged_with_their_line(caplog):
@@ -95,24 +137,30 @@ def test_bad_samples_are_skipped_counted_and_logged_with_their_line(caplog):
 
 
 @pytest.mark.parametrize(
-    ("seen", "bad", "fraction", "raises"),
+    ("seen", "bad", "fraction", "too_many"),
     [
-        (99, 5, 0.01, False),  # too few to tell
-        (100, 1, 0.01, False),  # exactly the share that is allowed
-        (100, 2, 0.01, True),
-        (10_000, 101, 0.01, True),
-        (9, 9, 0.01, False),
-        (10, 10, 0.01, True),  # nothing at all can be used
+        (99, 50, 0.01, False),  # too few to tell
+        (100, 2, 0.01, False),  # more than 1 %, as chance has it
+        (100, 5, 0.01, True),
+        (100_000, 1010, 0.01, False),
+        (100_000, 1100, 0.01, True),  # the more were seen, the nearer to the limit
+        (100_000, 90_010, 0.9, False),
+        (100_000, 90_400, 0.9, True),
         (3, 1, 0.0, True),  # none is allowed
         (10_000, 10_000, 1.0, False),
     ],
 )
-def test_too_many_bad_samples_end_the_run(seen, bad, fraction, raises):
-    counts = Counts(seen=seen, bad=bad)
-    if not raises:
-        return counts.check(fraction, "f:1: broken")
-    with pytest.raises(DataError, match=f"{bad} of {seen} samples are bad.*f:1: broken"):
-        counts.check(fraction, "f:1: broken")
+def test_too_many_are_bad_where_chance_does_not_explain_it(seen, bad, fraction, too_many):
+    assert Counts(seen=seen, bad=bad).too_many_bad(fraction) is too_many
+
+
+def test_a_run_far_below_the_limit_is_never_taken_for_one_above_it():
+    is_bad = np.random.default_rng(0).random((200, 5000)) < 0.004
+    bad = is_bad.cumsum(1)
+    seen = np.arange(1, 5001)
+    for run in bad:
+        looks = zip(seen[::8], run[::8], strict=True)
+        assert not any(Counts(s, b).too_many_bad(0.01) for s, b in looks)
 
 
 def test_every_epoch_is_a_permutation_that_depends_on_seed_and_epoch_alone():

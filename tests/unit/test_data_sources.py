@@ -5,17 +5,20 @@ import io
 import json
 import pickle
 import tarfile
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
-from titan_vlm.config import Data
+from titan_vlm.config import Config, Data, Eval
 from titan_vlm.data.chat import Encoder
 from titan_vlm.data.images import visual_spec
-from titan_vlm.data.sources import build_source
+from titan_vlm.data.sources import build_held_out, build_source
 from titan_vlm.data.tokenizer import load_tokenizer
 from titan_vlm.errors import ConfigError, DataError
+from titan_vlm.train import has_held_out_data
 
 PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "cc12m-train-0000.tar"
 
@@ -266,6 +269,126 @@ def test_paths_that_name_nothing_are_refused(tmp_path):
             source(kind, tmp_path)
         with pytest.raises(ConfigError, match="data.path"):
             source(kind, "")
+
+
+@pytest.mark.parametrize(
+    ("data", "held_out", "said"),
+    [
+        (Data(), Eval(split="test"), '^eval.split: the digits have .* not "test"'),
+        (Data("llava", "x"), Eval(path="nope.jsonl"), "^eval.path: nope.jsonl: no such file"),
+        (Data("webdataset", "x"), Eval(path="nope.tar"), "^eval.path: nope.tar: no such file"),
+    ],
+)
+def test_held_out_data_that_is_not_there_is_named_as_such(data, held_out, said):
+    with pytest.raises(ConfigError, match=said):
+        build_held_out(Config(data=data, eval=held_out))
+
+
+class Table(list):
+    """What HfSource uses of a datasets.Dataset, for rows of captions."""
+
+    column_names = ("image", "text")
+    features = {"image": "bytes"}
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A stand-in for the package datasets: directories `plain` and `train_only` and `both`, and on
+    the hub `org/both`."""
+
+    class Splits(dict):
+        pass
+
+    png_row = {"image": {"bytes": png()}, "text": "train"}
+    train, validation = Table([png_row]), Table([png_row | {"text": "validation"}])
+    found = {
+        "plain": train,
+        "train_only": Splits(train=train),
+        "both": Splits(train=train, validation=validation),
+    }
+    for name in found:
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    def load_from_disk(path):
+        if Path(path).name not in found:
+            raise FileNotFoundError("neither a Dataset nor a DatasetDict")
+        return found[Path(path).name]
+
+    def load_dataset(path, split):
+        if path != "org/both":
+            raise ConnectionError(f"cannot reach the hub for {path}")
+        if split not in found["both"]:
+            raise ValueError(f'Unknown split "{split}"')
+        return found["both"][split]
+
+    package = SimpleNamespace(
+        Image=type("Image", (), {}),
+        DatasetDict=Splits,
+        load_from_disk=load_from_disk,
+        load_dataset=load_dataset,
+        get_dataset_split_names=lambda path: list(load_dataset(path, "train") and found["both"]),
+    )
+    monkeypatch.setitem(__import__("sys").modules, "datasets", package)
+
+
+@pytest.mark.parametrize(
+    ("path", "held_out", "expected"),
+    [
+        ("plain", Eval(), None),
+        ("plain", Eval(path="plain"), None),  # its one table is what training reads
+        ("plain", Eval(path="both"), "validation"),
+        ("train_only", Eval(), None),
+        ("train_only", Eval(path="plain", every=5), "train"),
+        ("both", Eval(), "validation"),
+        ("both", Eval(path="./both", every=5), "validation"),
+        ("both", Eval(split="dev"), None),
+        ("org/both", Eval(), "validation"),
+        ("org/both", Eval(split="dev"), None),
+    ],
+)
+@pytest.mark.usefixtures("package")
+def test_hf_validates_where_there_is_a_split_or_a_path_held_out(path, held_out, expected, caplog):
+    caplog.set_level("INFO")
+    config = Config(data=Data("hf", path), eval=held_out)
+    assert has_held_out_data(config) == (expected is not None)
+    if expected:
+        assert build_held_out(config)[0].meta["answer"] == expected
+    else:
+        assert f'no validation: {path} has no split "{held_out.split}"' in caplog.text
+
+
+@pytest.mark.usefixtures("package")
+def test_hf_takes_a_part_of_a_split_or_several_from_the_hub_as_held_out():
+    config = Config(data=Data("hf", "org/both"), eval=Eval(split="train[95%:]+validation"))
+    assert has_held_out_data(config)
+    assert not has_held_out_data(replace(config, eval=Eval(split="train[95%:]+dev")))
+
+
+@pytest.mark.usefixtures("package")
+def test_hf_without_the_held_out_split_that_is_asked_for_is_refused(tmp_path):
+    for path in ("plain", "train_only", "org/both"):
+        config = Config(data=Data("hf", path), eval=Eval(split="dev", every=5))
+        with pytest.raises(ConfigError, match=f'^eval.split = "dev": {path} has no .*every = 0'):
+            has_held_out_data(config)
+    (tmp_path / "empty").mkdir()
+    for path, said in (
+        ("empty", "^eval.path: empty was not written by save_to_disk"),
+        ("nobody/nothing", "^eval.path: nobody/nothing is no directory, .* cannot reach the hub"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            build_held_out(Config(data=Data("hf", "both"), eval=Eval(path=path)))
+    with pytest.raises(ConfigError, match='^data.path: org/both .* gives no "dev".*Unknown split'):
+        build_source(Data("hf", "org/both"), "dev", 0)
+    with pytest.raises(ConfigError, match="^data.path: no/thing .* does not tell its splits"):
+        has_held_out_data(Config(data=Data("hf", "no/thing")))
+
+
+def test_sources_without_splits_validate_on_a_path_alone():
+    for kind in ("llava", "openai", "webdataset"):
+        assert not has_held_out_data(Config(data=Data(kind, "x")))
+        assert has_held_out_data(Config(data=Data(kind, "x"), eval=Eval(path="y")))
+    assert has_held_out_data(Config())
 
 
 def test_hf_without_its_package_says_what_to_install(tmp_path, monkeypatch):

@@ -9,9 +9,12 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+
+from scripts import convert
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ["run_train.sh", "scripts/setup_env.sh", "scripts/test.sh", ".ci/run"]
@@ -218,6 +221,29 @@ def test_success_is_silent(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "trained\n", "")
 
 
+# --- scripts/convert.py -------------------------------------------------------------------------
+
+
+def test_a_checkpoint_finds_the_config_of_its_run_from_any_directory(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "runs/mine/checkpoints/step-000100"
+    folder.mkdir(parents=True)
+    (folder / ".metadata").touch()
+    (tmp_path / "runs/mine/config.toml").write_text("[run]\nsed = 1\n")
+    for here in (folder.parent, folder, tmp_path):
+        monkeypatch.chdir(here)
+        source = os.path.relpath(folder, here)
+        assert convert.main([source, str(tmp_path / "out")]) == 2
+        assert "runs/mine/config.toml: run.sed: unknown key" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["nan", "inf", "0", "-1"])
+def test_a_size_of_files_that_is_no_size_is_refused(size, capsys):
+    with pytest.raises(SystemExit) as caught:
+        convert.parse(["a", "b", f"--max-shard-gb={size}"])
+    assert caught.value.code == 2
+    assert "--max-shard-gb must be positive and finite" in capsys.readouterr().err
+
+
 # --- scripts/setup_env.sh -----------------------------------------------------------------------
 
 
@@ -297,6 +323,56 @@ def test_an_unfinished_environment_is_rebuilt(house):
     assert taken(house).count("venv") == 2
 
 
+def test_half_an_update_is_not_taken_for_good_when_pyproject_is_reverted(house):
+    root = house[0]
+    assert set_up(house).returncode == 0
+    pyproject = root / "pyproject.toml"
+    before = pyproject.read_text()
+    pyproject.write_text(before + "\n# changed\n")
+    (root / "fail").touch()
+    assert set_up(house).returncode == 2
+    (root / "fail").unlink()
+    pyproject.write_text(before)
+    (root / ".venv/half_a_package").touch()
+    assert set_up(house).returncode == 0
+    assert not (root / ".venv/half_a_package").exists()
+    assert taken(house).count("venv") == 2
+
+
+@pytest.mark.parametrize("doing", ["find", "mv"])
+def test_killed_while_it_changes_something_nothing_half_is_taken_for_good(house, doing):
+    root = house[0]
+    assert set_up(house).returncode == 0
+    stamp = (root / ".venv/stamp").read_text()
+    (root / ".venv/half_a_package").touch()
+    if doing == "find":  # a rebuild is what calls it
+        (root / ".venv/unfinished").touch()
+    with (root / "pyproject.toml").open("a") as file:
+        file.write("\n# changed\n")
+    really = f'{shutil.which("find")} "$@";' if doing == "find" else ""
+    killer = script(root / doing, f'{really} kill -9 "$PPID"')
+    assert set_up(house).returncode < 0
+    assert (root / ".venv/unfinished").exists()
+    Path(killer).unlink()
+    done = set_up(house)
+    assert (done.returncode, done.stdout) == (0, f"{root}/.venv/bin/python\n")
+    assert not (root / ".venv/half_a_package").exists()
+    assert (root / ".venv/stamp").read_text() != stamp
+    assert set_up(house).stderr == ""
+
+
+def test_the_lock_is_on_a_file_opened_for_writing_that_git_ignores(house):
+    root = house[0]
+    record = f'readlink "/proc/$$/fd/9" >{root}/locked; cat "/proc/$$/fdinfo/9" >>{root}/locked'
+    script(root / "flock", f"$({record})")
+    assert set_up(house).returncode == 0
+    name, *facts = (root / "locked").read_text().splitlines()
+    assert name == f"{root}/.venv.lock"
+    (flags,) = [line.split()[1] for line in facts if line.startswith("flags")]
+    assert int(flags, 8) & os.O_ACCMODE == os.O_WRONLY
+    assert run("git", "check-ignore", "-q", ".venv.lock").returncode == 0
+
+
 def test_a_second_caller_waits_and_installs_nothing_again(house):
     root, python, _ = house
     (root / "hold").touch()
@@ -340,6 +416,30 @@ def test_a_python_without_the_packages_is_refused_in_one_line(house):
     assert "lacks: " in done.stderr
     assert "no-such-package>=1" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_python_with_older_packages_is_refused_with_what_it_has(house):
+    root = house[0]
+    text = (root / "pyproject.toml").read_text()
+    (root / "pyproject.toml").write_text(text.replace('"numpy>=2.0"', '"numpy>=99"'))
+    done = set_up(house, TITAN_NO_VENV="1", TITAN_PYTHON=sys.executable)
+    assert done.returncode == 2
+    assert f"lacks: numpy>=99 (has {version('numpy')})\n" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("found", "code"), [("2.11.0a0+5f2.nv", 0), ("2.10.1", 2)])
+def test_a_vendors_build_counts_as_the_release_it_is_of(house, found, code):
+    """torch as its metadata gives it; packaging is not there, pip's copy is."""
+    root = house[0]
+    about = root / "site" / "torch-0.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {found}\n")
+    (root / "site" / "packaging.py").write_text("raise ImportError")
+    options = {"TITAN_NO_VENV": "1", "TITAN_PYTHON": sys.executable}
+    done = set_up(house, PYTHONPATH=str(root / "site"), **options)
+    assert done.returncode == code, done.stderr
+    assert ("torch>=2.11 (has 2.10.1)" in done.stderr) == bool(code)
 
 
 def test_an_environment_that_was_moved_is_installed_again(house, tmp_path_factory):

@@ -8,14 +8,16 @@ W-th. Both follow from i alone and V is a multiple of R x W, so each shard has o
                              rank    0   1   0   1   0   1   0   1   0
                              worker  0   0   1   1   0   0   1   1   0
 
-The state of a loader is the number of rows the run has consumed and the state of every shard this
-rank owns. It names no rank and no worker: the union over the ranks (`merge_states`) restores
-under any R and W. torchdata's StatefulDataLoader keeps a snapshot of every worker as of the last
-row handed out, however far the workers have read ahead; ours gathers the shards from those.
+The state of a loader is the number of rows the run has consumed, the state of every shard this
+rank owns, and what the sequence depends on, which must not change. It names no rank and no worker:
+the union over the ranks (`merge_states`) restores under any R and W. torchdata's
+StatefulDataLoader keeps a snapshot of every worker as of the last row handed out, however far the
+workers have read ahead; ours gathers the shards from those.
 """
 
 import os
 import warnings
+from collections import deque
 from collections.abc import Iterator
 
 import torch
@@ -30,6 +32,7 @@ from titan_vlm.data.sources import build_source
 from titan_vlm.errors import ConfigError, DataError
 
 SHARDS = "shards"  # marks our part of a snapshot, wherever torchdata keeps it
+MAX_REASONS = 3  # examples that an error shows of what is bad
 
 
 def build_loader(
@@ -46,7 +49,6 @@ def build_loader(
         virtual_shards=data.virtual_shards,
         window=data.pack_window,
         overlong=data.overlong,
-        max_bad_fraction=data.max_bad_fraction,
         rank=dp_rank,
         ranks=dp_size,
     )
@@ -54,12 +56,14 @@ def build_loader(
 
 
 class RowLoader:
-    """Iterate for rows; `state_dict` is as of the last row handed out."""
+    """Iterate for rows; `state_dict` and `counts` are as of the last row handed out."""
 
     def __init__(self, rows: "PackedRows", num_workers: int = 0):
         check_shards(rows.virtual_shards, rows.ranks, num_workers)
         self.rows, self.num_workers = rows, num_workers
         self.loader = self.iterator = None
+        self.counts = Counts()  # of this rank's rows since the run began
+        self.reasons: deque[str] = deque(maxlen=MAX_REASONS)  # why the last bad samples are bad
 
     def __iter__(self) -> Iterator[Row]:
         return self
@@ -71,6 +75,8 @@ class RowLoader:
         if isinstance(row, DataError):
             raise row
         self.rows.consumed += self.rows.ranks
+        self.counts += row.counts
+        self.reasons += row.reasons
         return row
 
     def _start(self) -> None:
@@ -92,16 +98,19 @@ class RowLoader:
         self.iterator = iter(self.loader)
 
     def state_dict(self) -> dict:
-        """{"rows": rows consumed by the whole run, "shards": {number: state}} of this rank."""
+        """Rows consumed by the whole run, what its sequence depends on, this rank's shards."""
         shards = dict(self.rows.initial)
         if self.iterator is not None:
             shards |= find_shards(self.loader.state_dict())
-        return {"rows": self.rows.consumed, SHARDS: shards}
+        return {"rows": self.rows.consumed, "sequence": self.rows.sequence, SHARDS: shards}
 
     def load_state_dict(self, state: dict) -> None:
         """Takes a state of any number of ranks and workers; the next row follows its last."""
         self.close()
         self.rows.restore(state)
+        counts = (Counts(*shard["counts"]) for shard in self.rows.initial.values())
+        self.counts = sum(counts, Counts())
+        self.reasons.clear()
 
     def close(self) -> None:
         """Ends the workers."""
@@ -121,19 +130,31 @@ class PackedRows(IterableDataset):
         virtual_shards: int = 16,
         window: int = 16,
         overlong: str = "drop",
-        max_bad_fraction: float = 0.01,
         rank: int = 0,
         ranks: int = 1,
     ):
         self.source, self.encoder, self.seq_len = source, encoder, seq_len
         self.order = EpochOrder(len(source), seed)
         self.virtual_shards, self.window, self.overlong = virtual_shards, window, overlong
-        self.max_bad_fraction = max_bad_fraction
         self.rank, self.ranks = rank, ranks
+        # Another value of any of these, and what comes next has been seen or is never seen.
+        self.sequence = {
+            "data.virtual_shards": virtual_shards,
+            "training.seq_len": seq_len,
+            "run.seed": seed,
+            "number of samples in data.path": len(source),
+        }
         self.consumed = 0
         self.initial: dict[int, dict] = {}
 
     def restore(self, state: dict) -> None:
+        for key, present in self.sequence.items():
+            saved = state["sequence"][key]
+            if present != saved:
+                raise ConfigError(
+                    f"{key} = {present}, but the run to resume began with {saved} and its sequence "
+                    f"of rows depends on it; go back to {saved}, or use another run.output_dir"
+                )
         if state["rows"] % self.ranks:
             raise ConfigError(
                 f"resume after {state['rows']} rows on {self.ranks} data-parallel ranks: the rows "
@@ -162,7 +183,6 @@ class RowIterator:
         self.rows = rows
         self.next_index = rows.consumed + rows.rank + rows.ranks * turn
         self.stride = rows.ranks * turns
-        self.reason = ""
         self.shards = {}
         self.states = {}
         for number in range(self.next_index % self.stride, rows.virtual_shards, self.stride):
@@ -173,7 +193,6 @@ class RowIterator:
                 rows.seq_len,
                 rows.window,
                 rows.overlong,
-                self._check_bad,
             )
             self.shards[number] = shard
             if number in rows.initial:
@@ -192,9 +211,11 @@ class RowIterator:
         number = self.next_index % self.rows.virtual_shards
         self.next_index += self.stride
         shard = self.shards[number]
-        if number in self.states and not shard.counts.seen:
-            shard.load_state_dict(self.states[number])
-        before = shard.counts + Counts()
+        before = Counts()
+        if number in self.states:
+            before = Counts(*self.states[number]["counts"])
+            if not shard.counts.seen:
+                shard.load_state_dict(self.states[number])
         samples = shard.next_row()
         row = make_row(
             samples,
@@ -203,12 +224,10 @@ class RowIterator:
             lambda sample, error: shard.bad(f"{sample.origin}: {error}"),
         )
         row.counts = shard.counts - before
+        row.reasons = shard.reasons[-MAX_REASONS:]
+        shard.reasons.clear()
         self.states[number] = shard.state_dict()
         return row
-
-    def _check_bad(self, reason: str) -> None:
-        total = sum((shard.counts for shard in self.shards.values()), Counts())
-        total.check(self.rows.max_bad_fraction, reason)
 
     def state_dict(self) -> dict:
         return {SHARDS: dict(self.states)}
@@ -224,7 +243,7 @@ def merge_states(states: list[dict]) -> dict:
     merged = {}
     for state in states:
         merged |= state[SHARDS]
-    return {"rows": rows.pop(), SHARDS: merged}
+    return states[0] | {SHARDS: merged}
 
 
 def find_shards(snapshot: object) -> dict[int, dict]:
@@ -246,12 +265,14 @@ def check_shards(virtual_shards: int, ranks: int, num_workers: int) -> None:
         return
     below, above = virtual_shards // owners * owners, (virtual_shards // owners + 1) * owners
     nearest = f"{below} or {above}" if below else str(above)
+    # The number of workers first: the shards of a run that is to be resumed cannot change.
     workers = [w for w in range(1, virtual_shards + 1) if virtual_shards % (ranks * w) == 0]
     best = min(workers, key=lambda w: abs(w - num_workers), default=None)
-    instead = f", or data.num_workers = {best}" if best is not None else ""
+    instead = f"use data.num_workers = {best}, or " if best is not None else ""
     raise ConfigError(
         f"data.virtual_shards = {virtual_shards} is no multiple of {owners} ({ranks} data-parallel "
-        f"rank(s) x {max(num_workers, 1)} worker(s)); use {nearest}{instead}"
+        f"rank(s) x {max(num_workers, 1)} worker(s)); {instead}for a new run "
+        f"data.virtual_shards = {nearest}"
     )
 
 

@@ -17,13 +17,15 @@ place in the order and the places of what is pending: those samples are encoded 
 
 Nothing is lost silently. A sample that cannot be encoded, or whose pixels turn out broken when its
 row is emitted, is counted as bad and logged with its file and line; an over-long one is dropped or
-cut, and counted. Too many bad ones (see `Counts.check`) end the run.
+cut, and counted. The trainer ends the run where too many of the whole run are bad
+(`Counts.too_many_bad`); a shard ends it only where it finds nothing to use any more.
 """
 
 import logging
+import math
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -36,13 +38,15 @@ logger = logging.getLogger(__name__)
 
 # A share of bad samples means nothing before this many were seen.
 MIN_SEEN = 100
-# ... except that a source where all of the first few are bad is simply broken.
-MIN_ALL_BAD = 10
+# Samples in a row that cannot be used, after which a shard gives up. At the start that is a wrong
+# setting; later a source of which most is dropped can have long runs of them by chance.
+MAX_USELESS_AT_START = 100
+MAX_USELESS = 1000
 
 
 @dataclass
 class Counts:
-    """What became of the samples so far."""
+    """What became of samples: all that were read, and those left out or cut among them."""
 
     seen: int = 0
     bad: int = 0
@@ -50,7 +54,7 @@ class Counts:
     cut: int = 0
 
     def as_list(self) -> list[int]:
-        return [self.seen, self.bad, self.dropped, self.cut]
+        return list(astuple(self))
 
     def __sub__(self, other: "Counts") -> "Counts":
         pairs = zip(self.as_list(), other.as_list(), strict=True)
@@ -60,16 +64,16 @@ class Counts:
         pairs = zip(self.as_list(), other.as_list(), strict=True)
         return Counts(*(a + b for a, b in pairs))
 
-    def check(self, max_bad_fraction: float, reason: str) -> None:
-        """Raises once more than the allowed share is bad, given enough samples to tell."""
-        if self.bad <= max_bad_fraction * self.seen:
-            return
+    def too_many_bad(self, max_bad_fraction: float) -> bool:
+        """Whether more than the allowed share is bad, and that is no chance.
+
+        It is asked at every step: without a margin (three standard deviations of the number that
+        are bad where exactly the allowed share is) some step of a long run would always say yes.
+        """
+        allowed = max_bad_fraction * self.seen
+        margin = 3 * math.sqrt(allowed * (1 - max_bad_fraction))
         enough = self.seen >= MIN_SEEN or max_bad_fraction == 0
-        if enough or self.bad == self.seen >= MIN_ALL_BAD:
-            raise DataError(
-                f"{self.bad} of {self.seen} samples are bad, more than data.max_bad_fraction = "
-                f"{max_bad_fraction} allows; the last: {reason}"
-            )
+        return enough and self.bad > allowed + margin
 
 
 class EpochOrder:
@@ -101,14 +105,15 @@ class Shard:
         seq_len: int,
         window: int = 16,
         overlong: str = "drop",
-        on_bad: Callable[[str], None] | None = None,
     ):
         self.number, self.shards, self.fetch = number, shards, fetch
         self.seq_len, self.window, self.overlong = seq_len, window, overlong
-        self.on_bad = on_bad
         self.cursor = number  # position in the order of the next sample of this shard
         self.pending: deque[tuple[int, Sample]] = deque()
         self.counts = Counts()
+        self.reasons: list[str] = []  # why samples are bad, until somebody takes them
+        # Samples in a row without use: 0 whenever a row is complete, so no part of the state.
+        self.useless = 0
 
     def next_row(self) -> list[Sample]:
         row, space = [], self.seq_len
@@ -131,24 +136,30 @@ class Shard:
         self.counts.seen += 1
         sample = self._encode(position)
         if sample is None:
-            return
-        if len(sample) > self.seq_len:
-            kept = cut_sample(sample, self.seq_len) if self.overlong == "cut" else None
-            if kept is None:
-                self._drop(sample)
-                return
-            self.counts.cut += 1
-            sample = kept
-        self.pending.append((position, sample))
+            return self._go_without(self.reasons[-1])
+        kept = self._fit(sample)
+        if kept is None:
+            self.counts.dropped += 1
+            reason = f"{sample.origin}: {len(sample)} tokens, training.seq_len = {self.seq_len}"
+            logger.info("dropped %s", reason)
+            return self._go_without(f"{reason}: raise it, or lower data.max_pixels")
+        self.counts.cut += kept is not sample
+        self.useless = 0
+        self.pending.append((position, kept))
 
-    def _drop(self, sample: Sample) -> None:
-        self.counts.dropped += 1
-        tokens = f"{len(sample)} tokens, training.seq_len = {self.seq_len}"
-        logger.info("dropped %s: %s", sample.origin, tokens)
-        if self.counts.dropped + self.counts.bad == self.counts.seen >= MIN_SEEN:
+    def _fit(self, sample: Sample) -> Sample | None:
+        if len(sample) <= self.seq_len:
+            return sample
+        return cut_sample(sample, self.seq_len) if self.overlong == "cut" else None
+
+    def _go_without(self, reason: str) -> None:
+        """Raises rather than search a source for ever in which nothing can be used."""
+        self.useless += 1
+        at_start = self.useless == self.counts.seen
+        if self.useless == (MAX_USELESS_AT_START if at_start else MAX_USELESS):
+            where = "first" if at_start else "last"
             raise DataError(
-                f"none of the first {self.counts.seen} samples fits into a row; the last, "
-                f"{sample.origin}, has {tokens}: raise it, or lower data.max_pixels"
+                f"none of the {where} {self.useless} samples can be used; the last: {reason}"
             )
 
     def _encode(self, position: int) -> Sample | None:
@@ -160,9 +171,8 @@ class Shard:
 
     def bad(self, reason: str) -> None:
         self.counts.bad += 1
+        self.reasons.append(reason)
         logger.warning("skipped %s", reason)
-        if self.on_bad is not None:
-            self.on_bad(reason)
 
     def state_dict(self) -> dict:
         return {
@@ -178,7 +188,7 @@ class Shard:
         for position in state["pending"]:
             sample = self._encode(position)
             if sample is not None and len(sample) > self.seq_len:
-                sample = cut_sample(sample, self.seq_len)
+                sample = cut_sample(sample, self.seq_len)  # as it was when it came into the window
             if sample is not None:
                 self.pending.append((position, sample))
 

@@ -30,8 +30,9 @@ class Row:
     visual_index_M: Tensor  # positions within the row
     sample_ids: list[str]
     num_images: int
-    # What became of the samples read since the shard's previous row.
+    # What became of the samples read since the shard's previous row, and why the last bad ones are.
     counts: Counts = field(default_factory=Counts)
+    reasons: list[str] = field(default_factory=list)
 
 
 def make_row(

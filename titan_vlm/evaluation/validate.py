@@ -16,7 +16,7 @@ from titan_vlm.config import Config
 from titan_vlm.data.chat import Encoder, Sample
 from titan_vlm.data.rows import collate, make_row
 from titan_vlm.data.sample import RawSample
-from titan_vlm.data.sources import build_source
+from titan_vlm.data.sources import build_held_out
 from titan_vlm.errors import DataError
 from titan_vlm.inference.generate import Prompt, greedy
 from titan_vlm.training.loss import chunked_cross_entropy
@@ -65,7 +65,7 @@ class Validator:
     """
 
     def __init__(self, config: Config, encoder: Encoder):
-        source = build_source(config.data, config.eval.split, config.run.seed, config.eval.path)
+        source = build_held_out(config)
         self.config, self.encoder = config, encoder
         self.samples: list[tuple[RawSample, Sample]] = []
         for i in range(min(config.eval.samples, len(source))):

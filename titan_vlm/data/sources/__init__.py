@@ -10,11 +10,14 @@ where i % len is the sample and i // len the epoch (only sources that augment lo
 A sample that cannot be used raises DataError when it is read, naming its file and line.
 """
 
-from titan_vlm.config import Data
+import re
+
+from titan_vlm.config import Config, Data
 from titan_vlm.data.digits import DigitsSource
 from titan_vlm.data.sources.hf import HfSource
 from titan_vlm.data.sources.jsonl import JsonlSource
 from titan_vlm.data.sources.webdataset import WebDatasetSource
+from titan_vlm.errors import ConfigError
 
 BUILDERS = {
     "digits": lambda data, path, split, seed: DigitsSource(split, seed),
@@ -28,3 +31,15 @@ BUILDERS = {
 def build_source(data: Data, split: str, seed: int, path: str = ""):
     """The source that `[data]` names; `path` replaces data.path (validation data elsewhere)."""
     return BUILDERS[data.source](data, path or data.path, split, seed)
+
+
+def build_held_out(config: Config):
+    """The source of `[eval]`.
+
+    Raises:
+        ConfigError: in the names of `[eval]`; a source knows those of `[data]` alone.
+    """
+    try:
+        return build_source(config.data, config.eval.split, config.run.seed, config.eval.path)
+    except ConfigError as error:
+        raise ConfigError(re.sub(r"^data\.(path|split)\b", r"eval.\1", str(error))) from error

@@ -5,12 +5,16 @@ data.image_column in order. Without: data.caption_prompt asks and data.text_colu
 """
 
 import os
+import re
 from functools import partial
 
 from titan_vlm.data.sample import ImageRef, RawSample, open_bytes, open_file
 from titan_vlm.data.sources.messages import from_openai
 from titan_vlm.data.sources.webdataset import caption_sample
 from titan_vlm.errors import ConfigError, DataError
+
+# What the hub's client raises where a name, a split or the network is not there.
+HUB_ERRORS = (OSError, ValueError)
 
 
 class HfSource:
@@ -89,25 +93,57 @@ class HfSource:
 
 def open_dataset(path: str, split: str):
     """A Dataset from disk (its split, where it has several) or from the hub."""
+    datasets = import_datasets()
+    if not path:
+        raise ConfigError('data.path: the source "hf" needs a directory or a hub name')
+    if os.path.isdir(path):
+        found = open_directory(path)
+        if not isinstance(found, datasets.DatasetDict):
+            return found
+        if split not in found:
+            raise ConfigError(f'data.split = "{split}": {path} has {", ".join(found)}')
+        return found[split]
+    try:
+        return datasets.load_dataset(path, split=split)
+    except HUB_ERRORS as error:
+        raise ConfigError(
+            f'data.path: {path} is no directory, and the hub gives no "{split}" of it: {error}'
+        ) from error
+
+
+def has_split(path: str, split: str) -> bool:
+    """Whether the dataset has this split; a plain Dataset from disk has none beside itself."""
+    datasets = import_datasets()
+    if os.path.isdir(path):
+        found = open_directory(path)
+        return isinstance(found, datasets.DatasetDict) and split in found
+    # The hub also takes a part of a split, train[95%:], or a sum of several.
+    names = set(re.sub(r"\[[^]]*\]", "", split).split("+"))
+    try:
+        return names <= set(datasets.get_dataset_split_names(path))
+    except HUB_ERRORS as error:
+        raise ConfigError(
+            f"data.path: {path} is no directory, and the hub does not tell its splits: {error}"
+        ) from error
+
+
+def open_directory(path: str):
+    """What save_to_disk wrote: a Dataset or a DatasetDict."""
+    try:
+        return import_datasets().load_from_disk(path)
+    except FileNotFoundError as error:
+        raise ConfigError(f"data.path: {path} was not written by save_to_disk: {error}") from error
+
+
+def import_datasets():
+    """The optional package."""
     try:
         import datasets
     except ImportError as error:
         raise ConfigError(
             'data.source = "hf" needs the package datasets (pip install datasets)'
         ) from error
-    if not path:
-        raise ConfigError('data.path: the source "hf" needs a directory or a hub name')
-    if not os.path.isdir(path):
-        return datasets.load_dataset(path, split=split)
-    try:
-        found = datasets.load_from_disk(path)
-    except FileNotFoundError as error:
-        raise ConfigError(f"data.path: {path} was not written by save_to_disk: {error}") from error
-    if isinstance(found, datasets.DatasetDict):
-        if split not in found:
-            raise ConfigError(f'data.split = "{split}": {path} has {", ".join(found)}')
-        return found[split]
-    return found
+    return datasets
 
 
 def undecoded(rows, column: str):
