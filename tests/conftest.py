@@ -1,6 +1,6 @@
 import pytest
 
-from tests.distributed.world import World
+from scripts.gloo_world import World
 
 
 @pytest.fixture(scope="session")

@@ -168,6 +168,27 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class Parallelism:
+    dp_replicate: int = setting(1, "Replicas of each shard of the model (HSDP).", at_least=1)
+    dp_shard: int = setting(
+        -1, "Ranks a parameter is sharded over (FSDP2), times ep; -1: what remains.", at_least=-1
+    )
+    ep: int = setting(
+        1, "Ranks the experts are spread over; for the other layers more dp_shard.", at_least=1
+    )
+    tp: int = setting(1, "Ranks a matrix product is split over.", at_least=1)
+    expert_parallel_over_tp: bool = setting(
+        False, "Spread the experts over ep x tp instead of ep alone."
+    )
+    sequence_parallel: bool = setting(
+        True, "With tp: between the products each rank holds its part of the sequence only."
+    )
+    dispatcher: Literal["all_to_all", "allgather"] = setting(
+        "all_to_all", "With experts spread: how tokens reach them; allgather is the reference."
+    )
+
+
+@dataclass(frozen=True)
 class ActivationCheckpoint:
     mode: Literal["none", "full", "selective", "layers"] = setting(
         "none",
@@ -236,6 +257,7 @@ class Config:
     training: Training = field(default_factory=Training)
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
+    parallelism: Parallelism = field(default_factory=Parallelism)
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
     compile: Compile = field(default_factory=Compile)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)

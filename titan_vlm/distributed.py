@@ -1,23 +1,32 @@
-"""Which device this process uses, and the process group it joins."""
+"""Which device this process uses, the process group it joins, and sums over ranks."""
 
+import logging
 import os
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from titan_vlm.errors import ConfigError
 
+# An expert's weights, sharded twice, are gathered in two steps when they are saved: as intended.
+logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
-def start(device: str) -> tuple[torch.device, DeviceMesh]:
+
+def world_size() -> int:
+    """How many processes torchrun started; 1 without it. Known before they are connected."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start(device: str) -> torch.device:
     """Join the process group that torchrun describes (or a group of one) and pick the device.
 
     Args:
         device: "auto", "cpu" or "cuda" (`run.device`).
 
     Returns:
-        This rank's device, and the mesh of data-parallel ranks.
+        This rank's device.
 
     Raises:
         ConfigError: CUDA is asked for and not there, or there are fewer GPUs than local ranks.
@@ -39,8 +48,7 @@ def start(device: str) -> tuple[torch.device, DeviceMesh]:
         dist.init_process_group(backend)
     else:  # started without torchrun: a world of one
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    mesh = init_device_mesh(kind, (dist.get_world_size(),), mesh_dim_names=("dp_shard",))
-    return torch.device(kind, local_rank if kind == "cuda" else None), mesh
+    return torch.device(kind, local_rank if kind == "cuda" else None)
 
 
 def tune_cpu() -> None:
@@ -52,8 +60,8 @@ def tune_cpu() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
-def sum_over_ranks(value: Tensor) -> Tensor:
-    """The sum of `value` over all ranks, in place."""
-    if dist.get_world_size() > 1:
-        dist.all_reduce(value)
+def sum_over(view: DeviceMesh, value: Tensor) -> Tensor:
+    """The sum of `value` over the ranks of a one-axis mesh, in place."""
+    if view.size() > 1:
+        dist.all_reduce(value, group=view.get_group())
     return value

@@ -1,6 +1,6 @@
 """The trainer, top to bottom: `torchrun -m titan_vlm.train --config train_configs/X.toml`.
 
-    configure -> build the model -> parallelise it -> optimizer, data -> resume
+    configure -> mesh -> build the model -> parallelise it -> optimizer, data -> resume
     for each step:  read the step's rows -> forward and backward, micro-batch by micro-batch
                     -> clip -> update -> metrics -> (validate) -> (save)
     save -> export
@@ -10,16 +10,17 @@ A run lives in `run.output_dir`; the same command again resumes it from its newe
 
 import logging
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
+from math import prod
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from titan_vlm import distributed
@@ -32,9 +33,10 @@ from titan_vlm.data.rows import collate
 from titan_vlm.data.sources.hf import has_split
 from titan_vlm.errors import ConfigError, DataError
 from titan_vlm.evaluation.validate import Result, Validator
+from titan_vlm.mesh import Mesh, build_mesh, check_divides, resolve_degrees
 from titan_vlm.models.init import init_weights
 from titan_vlm.models.inputs import Batch
-from titan_vlm.parallel import activation_checkpoint, compile, fsdp
+from titan_vlm.parallel import activation_checkpoint, compile, expert, fsdp, tensor
 from titan_vlm.training.checkpoint import Checkpointer
 from titan_vlm.training.loss import chunked_cross_entropy
 from titan_vlm.training.metrics import MetricsLogger
@@ -62,30 +64,17 @@ def main(argv: list[str]) -> int:
 
 def train(config: Config) -> None:
     """Train as `config` says, from wherever `run.output_dir` left off."""
-    device, mesh = distributed.start(config.run.device)
-    check_batch(config, mesh.size())
-    output = Path(config.run.output_dir)
-    open_run_dir(output, config)
-
-    parts = assemble(config)
-    encoder = Encoder(parts.tokenizer, parts.images)
-    checkpointer = Checkpointer(output / "checkpoints", config.checkpoint)
-    model = build_model(parts, config, device, fresh=checkpointer.latest() is None)
-    model = parallelize(model, mesh, config)
-    optimizer = build_optimizer(model, config.optimizer, config.training.freeze)
-    loader = build_loader(config, parts.tokenizer, parts.images, mesh.get_rank(), mesh.size())
+    run = prepare(config)
+    encoder = Encoder(run.parts.tokenizer, run.parts.images)
     validator = Validator(config, encoder) if has_held_out_data(config) else None
-
-    run = Run(config, parts, model, optimizer, loader, device, mesh)
-    resume(run, checkpointer)
     metrics = MetricsLogger(
-        output,
+        run.output,
         config.metrics,
         config.training.steps,
-        device,
+        run.device,
         start_step=run.step,
-        world_size=mesh.size(),
-        silent=mesh.get_rank() != 0,
+        world_size=dist.get_world_size(),
+        silent=dist.get_rank() != 0,
     )
     if run.step >= config.training.steps:
         logger.info("this run is finished: step %d of %d", run.step, config.training.steps)
@@ -96,12 +85,33 @@ def train(config: Config) -> None:
             validate(run, validator, metrics)
         if last or due(run.step, config.checkpoint.every):
             with metrics.pause():
-                state = {"loader": loader.state_dict()}
-                checkpointer.save(run.step, model, optimizer, state)
-    checkpointer.wait()
-    loader.close()
+                state = {"loader": run.loader.state_dict()}
+                run.checkpointer.save(run.step, run.model, run.optimizer, state)
+    run.checkpointer.wait()
+    run.loader.close()
     metrics.close()
-    export_hf(run, output / "hf")
+    export_hf(run)
+
+
+def prepare(config: Config) -> "Run":
+    """Everything that a step needs, new or as the newest checkpoint has it."""
+    degrees = resolve_degrees(config.parallelism, distributed.world_size())
+    parts = assemble(config)
+    check_degrees(config, degrees, parts)
+    device = distributed.start(config.run.device)
+    mesh = build_mesh(device.type, degrees, config.parallelism.expert_parallel_over_tp)
+    output = Path(config.run.output_dir)
+    open_run_dir(output, config)
+
+    checkpointer = Checkpointer(output / "checkpoints", config.checkpoint)
+    model = build_model(parts, config, device, fresh=checkpointer.latest() is None)
+    model = parallelize(model, mesh, config)
+    optimizer = build_optimizer(model, config.optimizer, config.training.freeze)
+    reader, readers = mesh.batch.get_local_rank(), mesh.batch.size()
+    loader = build_loader(config, parts.tokenizer, parts.images, reader, readers)
+    run = Run(config, parts, output, checkpointer, model, optimizer, loader, device, mesh)
+    resume(run)
+    return run
 
 
 @dataclass
@@ -110,11 +120,13 @@ class Run:
 
     config: Config
     parts: Parts
+    output: Path
+    checkpointer: Checkpointer
     model: nn.Module
     optimizer: torch.optim.Optimizer
     loader: RowLoader
     device: torch.device
-    mesh: DeviceMesh
+    mesh: Mesh
     step: int = 0
     # Samples left out since the run began, by reason.
     skipped: dict[str, int] = field(default_factory=lambda: {"bad": 0, "dropped": 0, "cut": 0})
@@ -129,7 +141,7 @@ def train_step(run: Run, metrics: MetricsLogger) -> None:
     rates = set_learning_rates(run.optimizer, run.step, run.config.schedule, config.steps)
 
     with metrics.waiting_for_data():
-        rows = list(islice(run.loader, config.global_batch_size // run.mesh.size()))
+        rows = list(islice(run.loader, config.global_batch_size // run.mesh.batch.size()))
     size = config.micro_batch_size
     batches = [collate(rows[i : i + size]) for i in range(0, len(rows), size)]
     counts = global_counts(run, batches)
@@ -157,7 +169,7 @@ def global_counts(run: Run, batches: list[Batch]) -> dict[str, float]:
     }
     so_far = run.loader.counts.as_list()
     values = torch.tensor([*counts.values(), *so_far], dtype=torch.float64)
-    values = distributed.sum_over_ranks(values).tolist()
+    values = distributed.sum_over(run.mesh.batch, values).tolist()
     total = Counts(*map(int, values[len(counts) :]))
     run.skipped = {name: getattr(total, name) for name in run.skipped}
     check_bad(run, total)
@@ -204,10 +216,12 @@ def report_step(
     metrics.count(**{name: value for name, value in counts.items() if name != "targets"})
     loads = {}
     if metrics.due(run.step):
-        loads = {n: distributed.sum_over_ranks(x) for n, x in run.model.expert_loads().items()}
+        # Along tp, too, every rank has counted other tokens.
+        tokens, loads = run.mesh.tokens, run.model.expert_loads()
+        loads = {name: distributed.sum_over(tokens, load_E) for name, load_E in loads.items()}
     metrics.end_step(
         run.step,
-        loss=distributed.sum_over_ranks(loss),
+        loss=distributed.sum_over(run.mesh.batch, loss),
         grad_norm=norm,
         learning_rates=rates,
         expert_loads=loads,
@@ -234,12 +248,16 @@ def validate(run: Run, validator: Validator, metrics: MetricsLogger) -> Result:
 # ---------------------------------------------------------------------------- setting up
 
 
-def check_batch(config: Config, ranks: int) -> None:
-    """Every rank must get the same number of whole micro-batches.
+def check_degrees(config: Config, degrees: Mapping[str, int], parts: Parts) -> None:
+    """Refuse, before anything is made, degrees that the model or the batch cannot be split by.
 
     Raises:
-        ConfigError: with the nearest global batch sizes that work.
+        ConfigError: with the sum and the nearest choices that work.
     """
+    over_tp = config.parallelism.expert_parallel_over_tp
+    views = {"tp": degrees["tp"], "expert": degrees["ep"] * (degrees["tp"] if over_tp else 1)}
+    check_divides(views, parts.spec.divisible(parts.dims))
+    ranks = prod(degrees[axis] for axis in ("dp_replicate", "dp_shard", "ep"))
     rows, unit = config.training.global_batch_size, ranks * config.training.micro_batch_size
     if rows % unit:
         below, above = rows // unit * unit, (rows // unit + 1) * unit
@@ -286,8 +304,10 @@ def build_model(parts: Parts, config: Config, device: torch.device, fresh: bool)
     return model
 
 
-def parallelize(model: nn.Module, mesh: DeviceMesh, config: Config) -> nn.Module:
+def parallelize(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
     """Each technique takes the model and returns it, from the inside of a block outwards."""
+    model = tensor.apply(model, mesh, config.parallelism)
+    model = expert.apply(model, mesh, config.parallelism)
     model = compile.apply(model, config.compile)
     model = activation_checkpoint.apply(model, config.activation_checkpoint)
     return fsdp.apply(model, mesh, config)
@@ -313,29 +333,30 @@ def has_held_out_data(config: Config) -> bool:
 # ---------------------------------------------------------------------------- resume, export
 
 
-def resume(run: Run, checkpointer: Checkpointer) -> None:
+def resume(run: Run) -> None:
     """Continue from the newest checkpoint, if there is one."""
-    step = checkpointer.latest()
+    step = run.checkpointer.latest()
     if step is None:
         return
-    state = checkpointer.load(step, run.model, run.optimizer)
+    state = run.checkpointer.load(step, run.model, run.optimizer)
     run.loader.load_state_dict(state["loader"])
     run.step = step
     logger.info("resumed at step %d", step)
 
 
-def export_hf(run: Run, directory: Path) -> None:
+def export_hf(run: Run) -> None:
     """Leave a Hugging Face directory beside the finished run, if `[checkpoint]` asks for one."""
     config = run.config.checkpoint
     if not config.export_hf:
         return
+    directory = run.output / "hf"
     export(
         run.parts,
         get_model_state_dict(run.model),
         directory,
         config.export_dtype,
         layout=None if config.export_layout == "auto" else config.export_layout,
-        write=run.mesh.get_rank() == 0,
+        write=dist.get_rank() == 0,
     )
     logger.info("exported to %s", directory)
 

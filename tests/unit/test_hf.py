@@ -41,7 +41,6 @@ from titan_vlm.models.init import init_weights
 from titan_vlm.models.qwen3_vl.config import FLAVORS, from_hf, to_hf, with_token_ids
 from titan_vlm.models.qwen3_vl.hf import (
     HFTensors,
-    copy_into,
     default_layout,
     links,
     load_hf,
@@ -51,6 +50,7 @@ from titan_vlm.models.qwen3_vl.hf import (
 from titan_vlm.models.qwen3_vl.model import Qwen3VL
 from titan_vlm.models.registry import model_config, model_spec
 from titan_vlm.models.safetensors_io import INDEX, SINGLE
+from titan_vlm.models.shards import copy_into
 from titan_vlm.training.checkpoint import Checkpointer
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from titan_vlm.models.init import init_weights
-from titan_vlm.models.moe.dispatcher import combine, dispatch
 from titan_vlm.models.moe.experts import WeightedSwiGLU
 from titan_vlm.models.moe.layer import MoE
 from titan_vlm.models.moe.layout import ALIGN, make_layout
@@ -90,8 +89,8 @@ def test_all_tokens_to_one_expert(layout, monkeypatch):
     layer = make_layer()
     x = torch.randn(40, WIDTH, dtype=torch.float64)
     routing = Routing(torch.arange(40), torch.full((40,), 3), torch.ones(40).double(), EXPERTS)
-    rows, state = dispatch(x, routing)
-    out = combine(layer.experts(rows, state.layout), state)
+    rows, state = layer.dispatcher.dispatch(x, routing)
+    out = layer.dispatcher.combine(layer.experts(rows, state.layout), state)
     gate, up = (x @ layer.experts.gate_up[3]).chunk(2, -1)
     torch.testing.assert_close(out, (F.silu(gate) * up) @ layer.experts.down[3])
 
@@ -113,9 +112,9 @@ def test_filler_rows_have_no_gradient():
     layer = make_layer()
     routing = Routing(torch.tensor([1]), torch.tensor([2]), torch.ones(1).double(), EXPERTS)
     x = torch.randn(3, WIDTH, dtype=torch.float64, requires_grad=True)
-    rows, state = dispatch(x, routing)
+    rows, state = layer.dispatcher.dispatch(x, routing)
     assert rows.shape[0] >= ALIGN
-    combine(layer.experts(rows, state.layout), state).sum().backward()
+    layer.dispatcher.combine(layer.experts(rows, state.layout), state).sum().backward()
     assert torch.equal(x.grad[0], torch.zeros_like(x.grad[0]))  # the token that fillers copy
     assert x.grad[1].abs().max() > 0
 

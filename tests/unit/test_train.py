@@ -10,6 +10,7 @@ import torch
 
 from tests.small_run import curve, run, run_killed, weights
 from titan_vlm import train
+from titan_vlm.assembly import assemble
 from titan_vlm.config import load_config
 from titan_vlm.errors import ConfigError
 
@@ -145,5 +146,6 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, capfd):
 
 def test_a_batch_that_ranks_do_not_divide_is_refused_with_the_nearest():
     config = load_config("qwen_vlm_moe.toml", ["--training.micro_batch_size", "2"])
+    degrees = {"dp_replicate": 1, "dp_shard": 3, "ep": 1, "tp": 1}
     with pytest.raises(ConfigError, match="use 6 or 12"):
-        train.check_batch(config, ranks=3)
+        train.check_degrees(config, degrees, assemble(config))

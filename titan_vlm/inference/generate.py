@@ -8,10 +8,10 @@ of a validation.
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titan_vlm.models.inputs import IGNORE_LABEL, Batch
+from titan_vlm.models.layers.head import logits
 
 
 @dataclass
@@ -50,7 +50,7 @@ def greedy(
         for _ in range(max_new_tokens):
             batch = _pack(active).to(device)
             ends = torch.tensor([len(p) for p in active]).cumsum(0).to(device) - 1
-            logits_PV = model(batch, lambda h, w, ends=ends: F.linear(h[0, ends], w))
+            logits_PV = model(batch, lambda h, w, ends=ends: logits(h[0, ends], w))
             going_on = []
             for prompt, token in zip(active, logits_PV.argmax(-1).tolist(), strict=True):
                 if token not in stop_ids:

@@ -9,22 +9,27 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
+from titan_vlm.models.shards import local_part
+
 
 @torch.no_grad()
 def init_weights(model: nn.Module, seed: int, std: float) -> None:
     """Fill every parameter of `model`: matrices from N(0, std^2), norms with 1, biases with 0.
 
-    Numbers are drawn on the CPU in float32, so that they depend on neither device nor dtype.
-    Buffers are zeroed (they are counters).
+    Numbers are drawn on the CPU in float32, so that they depend on neither device nor dtype. Of a
+    sharded parameter a rank fills its part. Buffers are zeroed (they are counters).
     """
     for name, parameter in model.named_parameters():
+        part, where = local_part(parameter)
         if parameter.ndim == 1:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            part.fill_(0.0 if name.endswith("bias") else 1.0)
         elif parameter.ndim == 3:
-            for expert, matrix in enumerate(parameter):
-                matrix.copy_(normal(matrix.shape, std, seed, f"{name}/{expert}"))
-        else:
-            parameter.copy_(normal(parameter.shape, std, seed, name))
+            first, *inside = where
+            for expert, matrix in zip(range(first.start, first.stop), part, strict=True):
+                whole = normal(parameter.shape[1:], std, seed, f"{name}/{expert}")
+                matrix.copy_(whole[tuple(inside)])
+        elif part.numel():
+            part.copy_(normal(parameter.shape, std, seed, name)[where])
     for buffer in model.buffers():
         buffer.zero_()
 

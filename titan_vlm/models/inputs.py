@@ -13,7 +13,7 @@ Two rows of six tokens, `v` a visual token, `.` padding:
     valid_index_T  = [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11]
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -47,7 +47,9 @@ class Batch:
     num_samples: int = 0
     num_images: int = 0
     # Flattened positions of the tokens that are no padding; made here, on the host.
-    valid_index_T: Tensor | None = field(default=None)
+    valid_index_T: Tensor | None = None
+    # The batch as the loader made it, where its tensors can be looked at without waiting.
+    host: "Batch | None" = None
 
     def __post_init__(self) -> None:
         if self.valid_index_T is None:
@@ -66,9 +68,19 @@ class Batch:
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(
-            **{
-                name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-                for name, value in values.items()
-            }
-        )
+        moved = {
+            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in values.items()
+        }
+        return Batch(**moved | {"host": self.on_host})
+
+    @property
+    def on_host(self) -> "Batch":
+        """The batch as it was before it went to a device."""
+        return self.host or self
+
+    def with_indices(self, **indices: Tensor) -> "Batch":
+        """The same batch with other index tensors, given on the host."""
+        device = self.tokens_BS.device
+        moved = {name: index.to(device, non_blocking=True) for name, index in indices.items()}
+        return replace(self, **moved, host=self.on_host)

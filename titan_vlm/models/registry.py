@@ -12,6 +12,7 @@ from titan_vlm.models.qwen3_vl import config as qwen3_vl
 from titan_vlm.models.qwen3_vl import hf as qwen3_vl_hf
 from titan_vlm.models.qwen3_vl.flops import flops as qwen3_vl_flops
 from titan_vlm.models.qwen3_vl.model import Qwen3VL
+from titan_vlm.models.qwen3_vl.plan import divisible as qwen3_vl_divisible
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class ModelSpec:
     with_token_ids: Callable[[Any, Any, int], Any]
     build: Callable[[Any], nn.Module]
     flops: Callable[[Any, list[int], list[tuple[int, int, int]]], float]
+    # dimensions -> for each view of the mesh, what it splits and the number that must divide
+    divisible: Callable[[Any], dict[str, dict[str, int]]]
     # (model, directory): fill the model from a Hugging Face directory
     load_hf: Callable[[nn.Module, str], None]
     # (state, config, directory, ...): write one; `qwen3_vl/hf.py` names the options
@@ -37,6 +40,7 @@ MODELS = {
         with_token_ids=qwen3_vl.with_token_ids,
         build=Qwen3VL,
         flops=qwen3_vl_flops,
+        divisible=qwen3_vl_divisible,
         load_hf=qwen3_vl_hf.load_hf,
         save_hf=qwen3_vl_hf.save_hf,
     )

@@ -1,22 +1,35 @@
-"""FSDP2: parameters, gradients and optimizer state sharded over the data-parallel ranks.
+"""FSDP2 and HSDP: parameters, gradients and optimizer state sharded over data-parallel ranks.
 
-One unit per transformer block, so that one block's parameters at a time are whole. FSDP2 is also
-what keeps float32 masters beside bf16 compute: parameters live and are updated in float32, are
-gathered in bf16, and their gradients are reduced in float32. That holds on a mesh of one rank too.
+One unit per transformer block, so that one block's parameters at a time are whole. The experts of
+a block are a unit of their own: fewer ranks share them (`mesh.efsdp`, the others hold other
+experts), and in an MoE layer the ranks along `tp` hold different tokens, so that reducing over
+`efsdp` sums their gradients as well.
+
+FSDP2 is also what keeps float32 masters beside bf16 compute: parameters live and are updated in
+float32, are gathered in bf16, and their gradients are reduced in float32. That holds on a mesh of
+one rank too.
 """
+
+import warnings
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
 from titan_vlm.config import Config
+from titan_vlm.mesh import Mesh
+from titan_vlm.models.moe.experts import Experts
+
+# The output of the experts is a view, and nobody writes to it.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
-def apply(model: nn.Module, mesh: DeviceMesh, config: Config) -> nn.Module:
+def apply(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
     """Shard `model` in place over `mesh` and return it; a no-op where there is nothing to do."""
     half = config.training.dtype == "bfloat16"
-    if mesh.size() == 1 and not half:
+    if mesh.tokens.size() == 1 and not half:
         return model
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if half else None,
@@ -24,12 +37,12 @@ def apply(model: nn.Module, mesh: DeviceMesh, config: Config) -> nn.Module:
         # The model picks its dtypes itself: rotary angles, for one, stay in float32.
         cast_forward_inputs=False,
     )
-    kwargs = {"mesh": mesh, "mp_policy": policy}
-    # On one rank there is no memory to win from gathering a second time.
-    reshard = mesh.size() > 1
+    for unit in model.modules():
+        if isinstance(unit, Experts):
+            _shard(unit, mesh.efsdp, policy)
     for unit in model.sharding_units():
-        fully_shard(unit, reshard_after_forward=reshard, **kwargs)
-    fully_shard(model, reshard_after_forward=False, **kwargs)
+        _shard(unit, mesh.fsdp, policy)
+    _shard(model, mesh.fsdp, policy, reshard=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # The loss is a sum divided by the global number of targets: gradients are summed.
@@ -37,3 +50,25 @@ def apply(model: nn.Module, mesh: DeviceMesh, config: Config) -> nn.Module:
             # Else a factor that is not the number of ranks becomes PREMUL_SUM, which gloo has not.
             module.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def _shard(
+    unit: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy, reshard: bool = True
+) -> None:
+    ranks = mesh.size(-1)
+    fully_shard(
+        unit,
+        mesh=mesh,
+        mp_policy=policy,
+        # On one rank there is no memory to win from gathering a second time.
+        reshard_after_forward=reshard and ranks > 1,
+        shard_placement_fn=lambda parameter: _shard_dimension(parameter, ranks),
+    )
+
+
+def _shard_dimension(parameter: nn.Parameter, ranks: int) -> Shard | None:
+    """Experts are sharded over a dimension that divides: they are few, their matrices are large."""
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    if local.ndim < 3:
+        return None  # the first dimension
+    return next((Shard(d) for d in range(local.ndim) if local.shape[d] % ranks == 0), None)

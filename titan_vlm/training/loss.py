@@ -8,9 +8,16 @@ pass is the gradient of the hidden states and of the weight, each as large as th
 backward only multiplies them by the upstream gradient.
 """
 
+from dataclasses import dataclass
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor, Shard
+
+from titan_vlm.models.shards import local_part
 
 IGNORE_LABEL = -100
 
@@ -29,6 +36,9 @@ def chunked_cross_entropy(
         labels_BS: target of each position (already shifted), -100 where there is none.
         chunk_tokens: how many tokens have logits at a time.
 
+    `weight_VD` may be a DTensor with the words sharded over ranks that all have the same hidden
+    states: no logits are gathered, and the gradient of the hidden states is this rank's summand.
+
     Returns:
         A scalar, float32 or float64. With no valid target at all it is 0 and still part of the
         graph, so that the hooks of a sharded model run on every rank.
@@ -37,20 +47,53 @@ def chunked_cross_entropy(
     dtype = hidden_BSD.dtype
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
+    group, first_word = None, 0
+    if isinstance(weight_VD, DTensor):
+        _, (words, _) = local_part(weight_VD)
+        group, first_word = weight_VD.device_mesh.get_group(), words.start
+        weight_VD = weight_VD.to_local(grad_placements=[Shard(0)])
+    vocabulary = Vocabulary(group, first_word)
     return _ChunkedCrossEntropy.apply(
-        hidden_BSD, weight_VD, labels_BS, chunk_tokens, dtype, torch.is_grad_enabled()
+        hidden_BSD, weight_VD, labels_BS, chunk_tokens, dtype, vocabulary, torch.is_grad_enabled()
     )
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Which words this rank has: all, or with a group those from `first_word` on."""
+
+    group: ProcessGroup | None
+    first_word: int
+
+    def local(self, labels_C1: Tensor, num_words: int) -> tuple[Tensor, Tensor]:
+        """Labels among the words of this rank, and where they are; elsewhere 0 stands in."""
+        local_C1 = labels_C1 - self.first_word
+        here_C1 = (local_C1 >= 0) & (local_C1 < num_words)
+        return local_C1.where(here_C1, 0), here_C1
+
+    def reduce(self, x: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
+        """`x` reduced over the ranks: one number for each token of the chunk."""
+        if self.group is not None:
+            dist.all_reduce(x, op, group=self.group)
+        return x
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_BSD, weight_VD, labels_BS, chunk_tokens, dtype, grad_enabled):
+    def forward(ctx, hidden_BSD, weight_VD, labels_BS, chunk_tokens, dtype, words, grad_enabled):
         # A custom function sees needs_input_grad even under no_grad, hence the extra argument.
         needs_hidden = grad_enabled and ctx.needs_input_grad[0]
         needs_weight = grad_enabled and ctx.needs_input_grad[1]
         with torch.autocast(hidden_BSD.device.type, enabled=False):
             loss, grad_hidden, grad_weight = _loss_and_gradients(
-                hidden_BSD, weight_VD, labels_BS, chunk_tokens, dtype, needs_hidden, needs_weight
+                hidden_BSD,
+                weight_VD,
+                labels_BS,
+                chunk_tokens,
+                dtype,
+                words,
+                needs_hidden,
+                needs_weight,
             )
         ctx.gradients = (grad_hidden, grad_weight)
         ctx.dtypes = (hidden_BSD.dtype, weight_VD.dtype)
@@ -67,7 +110,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             for grad, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
         ]
         ctx.gradients = None
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None
 
 
 def _loss_and_gradients(
@@ -76,6 +119,7 @@ def _loss_and_gradients(
     labels_BS: Tensor,
     chunk_tokens: int,
     dtype: torch.dtype,
+    words: Vocabulary,
     needs_hidden: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -102,16 +146,19 @@ def _loss_and_gradients(
         exp_CV = exact_CV[: len(hidden_CD)]
         if dtype != exact:
             exp_CV.copy_(logits_CV)
-        exp_CV.sub_(exp_CV.amax(-1, keepdim=True))
-        target_C1 = exp_CV.gather(-1, labels_C1)
-        sum_C1 = exp_CV.exp_().sum(-1, keepdim=True)
+        local_C1, here_C1 = words.local(labels_C1, weight.shape[0])
+        exp_CV.sub_(words.reduce(exp_CV.amax(-1, keepdim=True), dist.ReduceOp.MAX))
+        target_C1 = exp_CV.gather(-1, local_C1).where(here_C1, 0)
+        target_C1 = words.reduce(target_C1, dist.ReduceOp.SUM)
+        sum_C1 = words.reduce(exp_CV.exp_().sum(-1, keepdim=True), dist.ReduceOp.SUM)
         loss += (sum_C1.log() - target_C1).sum()
         if grad_hidden is None and grad_weight is None:
             continue
         # d loss / d logits = softmax - one_hot. The target's entry is subtracted before rounding
         # to `dtype`: 0.999 - 1 would lose all its digits in bfloat16.
         at_target_C1 = target_C1.exp() / sum_C1 - 1
-        exp_CV.div_(sum_C1).scatter_(-1, labels_C1, at_target_C1)
+        exp_CV.div_(sum_C1)
+        exp_CV.scatter_(-1, local_C1, at_target_C1.where(here_C1, exp_CV.gather(-1, local_C1)))
         grad_CV = exp_CV if dtype == exact else logits_CV.copy_(exp_CV)
         if grad_hidden is not None:
             grad_hidden.flatten(0, -2)[index_T[chunk]] = (grad_CV @ weight).to(exact)

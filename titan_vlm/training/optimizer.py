@@ -8,8 +8,10 @@ means nothing is refused, so that no option ever does nothing.
 import difflib
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from math import prod
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
@@ -121,24 +123,32 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 
     Returns the norm before scaling, as a scalar on the gradients' device: nobody waits for it.
 
-    DTensors of different meshes (experts and the rest) cannot meet in one operation. Each mesh
-    gives its own norm, which is one all-reduce of a scalar per mesh dimension it is sharded over;
-    the norm of those norms is the total.
+    One all-reduce of one number over all ranks: each adds the squares of its shards, divided by
+    the number of ranks that hold the same shard. DTensors of different meshes (experts and the
+    rest) could not meet in one operation.
     """
-    by_mesh: dict[object, list[nn.Parameter]] = {}
+    by_shards: dict[int, list[Tensor]] = {}
     for parameter in parameters:
-        if parameter.grad is not None:
-            grad = parameter.grad
-            mesh = grad.device_mesh if isinstance(grad, DTensor) else None
-            by_mesh.setdefault(mesh, []).append(parameter)
-    norms = []
-    for group in by_mesh.values():
-        norm = nn.utils.get_total_norm([p.grad for p in group])
-        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    if not norms:
+        if (grad := parameter.grad) is not None:
+            shards = 1
+            if isinstance(grad, DTensor):
+                sizes = zip(grad.device_mesh.shape, grad.placements, strict=True)
+                shards = prod(n for n, placement in sizes if not placement.is_replicate())
+                grad = grad.to_local()
+            by_shards.setdefault(shards, []).append(grad)
+    if not by_shards:
         return torch.zeros(())
-    total = torch.linalg.vector_norm(torch.stack(norms))
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    squares = [
+        nn.utils.get_total_norm(grads).square() * (shards / world)
+        for shards, grads in by_shards.items()
+    ]
+    total = torch.stack(squares).sum()
+    if world > 1:
+        dist.all_reduce(total)
+    norm = total.sqrt()
     if max_norm > 0:
-        for group in by_mesh.values():
-            nn.utils.clip_grads_with_norm_(group, max_norm, total)
-    return total
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for grads in by_shards.values():
+            torch._foreach_mul_(grads, factor)
+    return norm

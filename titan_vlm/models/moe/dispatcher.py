@@ -1,11 +1,14 @@
 """Bring every pair's token to its expert, and the outputs back.
 
-    dispatch(x_TD, routing) -> x_RD, layout        one row per pair, grouped by expert
-    combine(y_RD, layout, T) -> y_TD               sum over each token's pairs
+    dispatch(x_TD, routing) -> x_RD, state         one row per pair, grouped by expert
+    combine(y_RD, state) -> y_TD                   sum over each token's pairs
 
-Both are gathers in both directions: nothing is added atomically, the result does not depend on a
+`LocalDispatcher` has all experts on this rank; `exchange.py` has those that talk to others. Both
+directions are gathers both ways: nothing is added atomically, the result does not depend on a
 thread schedule, and each is the other's adjoint.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,60 +18,76 @@ from titan_vlm.models.moe.layout import Layout, make_layout
 from titan_vlm.models.moe.routing import Routing
 
 
-def dispatch(x_TD: Tensor, routing: Routing) -> tuple[Tensor, "DispatchState"]:
-    """Copy each pair's token to its row of its expert's group (all experts on this rank).
+@dataclass
+class Rows:
+    """Tokens copied to a row for each of their pairs, and the rows of a token summed.
 
-    Returns:
-        x_RD and the state that `combine` needs; see `layout.py` for the order of the rows.
+    source_R     token that each row copies
+    rows_P       row of each pair; the pairs are in the order of their tokens
+    bags_T       where each token's pairs start
     """
-    layout = make_layout(routing)
-    state = DispatchState(layout, _bag_starts(routing.token_ids_P, x_TD.shape[0]))
-    return _Spread.apply(x_TD, state), state
 
-
-def combine(y_RD: Tensor, state: "DispatchState") -> Tensor:
-    """Sum the rows of each token's pairs: [T, D]. A token in no pair gets zeros."""
-    return _Collect.apply(y_RD, state)
-
-
-class DispatchState:
-    """The way there, kept for the way back."""
-
-    def __init__(self, layout: Layout, bags_T: Tensor):
-        self.layout = layout
-        self.bags_T = bags_T
+    source_R: Tensor
+    rows_P: Tensor
+    bags_T: Tensor
 
     def spread(self, x_TD: Tensor) -> Tensor:
-        return x_TD.index_select(0, self.layout.source_R)
+        """[T, D] -> [R, D]"""
+        return _Spread.apply(x_TD, self)
 
     def collect(self, y_RD: Tensor) -> Tensor:
-        # A bag per token: the fastest segmented sum of rows, in float32 inside.
-        return F.embedding_bag(self.layout.rows_P, y_RD, self.bags_T, mode="sum")
+        """[R, D] -> [T, D]; zeros for a token in no pair."""
+        return _Collect.apply(y_RD, self)
 
 
-def _bag_starts(token_ids_P: Tensor, num_tokens: int) -> Tensor:
-    """Where each token's pairs start, pairs being in the order of the tokens."""
+def make_rows(source_R: Tensor, rows_P: Tensor, token_ids_P: Tensor, num_tokens: int) -> Rows:
+    """`Rows` of T = `num_tokens` tokens."""
     counts_T = torch.bincount(token_ids_P, minlength=num_tokens)
-    return counts_T.cumsum(0) - counts_T
+    return Rows(source_R, rows_P, counts_T.cumsum(0) - counts_T)
 
 
 class _Spread(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD: Tensor, state: DispatchState) -> Tensor:
-        ctx.state = state
-        return state.spread(x_TD)
+    def forward(ctx, x_TD: Tensor, rows: Rows) -> Tensor:
+        ctx.rows = rows
+        return x_TD.index_select(0, rows.source_R)
 
     @staticmethod
     def backward(ctx, grad_RD: Tensor) -> tuple[Tensor, None]:
-        return ctx.state.collect(grad_RD.contiguous()), None
+        return _sum_bags(grad_RD.contiguous(), ctx.rows), None
 
 
 class _Collect(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y_RD: Tensor, state: DispatchState) -> Tensor:
-        ctx.state = state
-        return state.collect(y_RD)
+    def forward(ctx, y_RD: Tensor, rows: Rows) -> Tensor:
+        ctx.rows = rows
+        return _sum_bags(y_RD, rows)
 
     @staticmethod
     def backward(ctx, grad_TD: Tensor) -> tuple[Tensor, None]:
-        return ctx.state.spread(grad_TD), None
+        return grad_TD.index_select(0, ctx.rows.source_R), None
+
+
+def _sum_bags(y_RD: Tensor, rows: Rows) -> Tensor:
+    # A bag per token: the fastest segmented sum of rows, in float32 inside.
+    return F.embedding_bag(rows.rows_P, y_RD, rows.bags_T, mode="sum")
+
+
+@dataclass
+class LocalState:
+    layout: Layout
+    rows: Rows
+
+
+class LocalDispatcher:
+    """All experts on this rank."""
+
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, LocalState]:
+        """Copy each pair's token to its row of its expert's group; `layout.py` has the order."""
+        layout = make_layout(routing)
+        rows = make_rows(layout.source_R, layout.rows_P, routing.token_ids_P, x_TD.shape[0])
+        return rows.spread(x_TD), LocalState(layout, rows)
+
+    def combine(self, y_RD: Tensor, state: LocalState) -> Tensor:
+        """Sum the rows of each token's pairs: [T, D]. A token in no pair gets zeros."""
+        return state.rows.collect(y_RD)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from titan_vlm.models.moe.dispatcher import combine, dispatch
+from titan_vlm.models.moe.dispatcher import LocalDispatcher
 from titan_vlm.models.moe.experts import Experts
 from titan_vlm.models.moe.router import TopKRouter
 from titan_vlm.models.moe.routing import Routing
@@ -16,6 +16,7 @@ class MoE(nn.Module):
         super().__init__()
         self.router = TopKRouter(width, num_experts, top_k)
         self.experts = Experts(num_experts, width, hidden)
+        self.dispatcher = LocalDispatcher()
         self.register_buffer(
             "load_E", torch.zeros(num_experts, dtype=torch.int64), persistent=False
         )
@@ -26,8 +27,8 @@ class MoE(nn.Module):
         """[T, D] -> [T, D]; zeros where a token is not in `valid_index_T`."""
         routing = self.router(x_TD, valid_index_T)
         self._count(routing)
-        rows_RD, state = dispatch(x_TD, routing)
-        return combine(self.experts(rows_RD, state.layout), state)
+        rows_RD, state = self.dispatcher.dispatch(x_TD, routing)
+        return self.dispatcher.combine(self.experts(rows_RD, state.layout), state)
 
     @torch.no_grad()
     def _count(self, routing: Routing) -> None:

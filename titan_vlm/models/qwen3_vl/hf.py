@@ -29,7 +29,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from titan_vlm.errors import ConfigError
 from titan_vlm.models.qwen3_vl.config import Qwen3VLConfig, from_hf, to_hf
@@ -41,6 +41,7 @@ from titan_vlm.models.safetensors_io import (
     read_headers,
     write_shards,
 )
+from titan_vlm.models.shards import copy_into
 
 logger = logging.getLogger("titan_vlm")
 Layout = Literal["published", "transformers"]
@@ -203,16 +204,6 @@ def load_hf(model: nn.Module, directory: str | Path) -> None:
     _warn_of_other_settings(Path(directory), model.config)
     for name, parameter in model.named_parameters():
         copy_into(parameter, tensors[name])
-
-
-def copy_into(parameter: Tensor, tensor: Tensor) -> None:
-    """Copy a whole tensor, of which a sharded parameter takes its part (no communication)."""
-    if isinstance(parameter, DTensor):
-        mesh, placements = parameter.device_mesh, parameter.placements
-        tensor = distribute_tensor(
-            tensor.to(mesh.device_type), mesh, placements, src_data_rank=None
-        )
-    parameter.copy_(tensor)
 
 
 def _find_layouts(infos: Mapping[str, TensorInfo], config: Qwen3VLConfig) -> dict[int, Layout]:

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titan_vlm.models.inputs import Batch
-from titan_vlm.models.layers.head import Head, LMHead
+from titan_vlm.models.layers.head import Head, LMHead, logits
 from titan_vlm.models.qwen3_vl.config import Qwen3VLConfig
+from titan_vlm.models.qwen3_vl.plan import tensor_plan
 from titan_vlm.models.qwen3_vl.text import TextModel
 from titan_vlm.models.qwen3_vl.vision import VisionTower
 
@@ -28,7 +28,7 @@ class Qwen3VL(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.text.embed.weight
 
-    def forward(self, batch: Batch, head: Head = F.linear) -> Tensor:
+    def forward(self, batch: Batch, head: Head = logits) -> Tensor:
         """`head` of the last hidden states; by default logits [B, S, V]."""
         features_MD, deepstack = self.vision(batch.pixels_NC, batch.grids)
         hidden_BSD = self.text(batch, features_MD, deepstack)
@@ -49,6 +49,10 @@ class Qwen3VL(nn.Module):
         if not self.config.tie_embeddings:  # a shared parameter must stay in one unit, the root
             yield self.text.embed
             yield self.lm_head
+
+    def tensor_plan(self, ranks: int) -> dict[str, list[str]]:
+        """How `ranks` ranks may split each module; `parallel/tensor.py` knows the styles."""
+        return tensor_plan(self.config, ranks)
 
     def branches(self) -> dict[str, list[str]]:
         """Parameter names of the parts that are frozen or given a learning rate by name."""

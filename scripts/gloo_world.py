@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import _redistribute
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 JOB_TIMEOUT_S = 240
 
@@ -96,10 +98,19 @@ def serve(pipe: Any) -> None:
             answer = ("", pickle.dumps(function(*args)))
         except BaseException:
             answer = (traceback.format_exc(), b"")
-        if dist.is_initialized():
-            with contextlib.suppress(RuntimeError):  # a peer may be gone already
-                dist.destroy_process_group()
+        leave_groups()
         pipe.send(answer)
+
+
+def leave_groups() -> None:
+    """Destroy this job's process groups, and what DTensor remembers of them by equal meshes."""
+    if dist.is_initialized():
+        with contextlib.suppress(RuntimeError):  # a peer may be gone already
+            dist.destroy_process_group()
+    _clear_sharding_prop_cache()
+    for value in vars(_redistribute).values():
+        if hasattr(value, "cache_clear"):
+            value.cache_clear()
 
 
 def free_port() -> int:

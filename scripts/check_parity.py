@@ -1,0 +1,245 @@
+"""Does a mesh train what one process trains? The same config, data and seed, side by side.
+
+    scripts/check_parity.py --config X --meshes "ep=2,tp=2"      one mesh, or several behind ";"
+    scripts/check_parity.py --config X --meshes quick|all         the lists of this file
+
+Every mesh runs on CPU with gloo in float64. Loss, gradient norm and every gradient of each step,
+and every weight after the last, are compared with the single process; the error of a tensor is
+max|a - b| / max(max|b|, floor), because some gradients are zero plus roundoff. Without --config:
+a small model on samples with no image, one, and several of different sizes. Exit status 0 only
+where every error is at most 1e-9; the last line is one JSON object.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from scripts.gloo_world import World
+from titan_vlm import train
+from titan_vlm.config import load_config
+from titan_vlm.errors import ConfigError
+
+LIMIT = 1e-9
+# Below this a gradient is taken for zero plus roundoff.
+FLOOR = 1e-6
+QUICK = ("dp_shard=2", "ep=2", "tp=2", "ep=2,tp=2")
+ALL = (
+    *QUICK,
+    "dp_replicate=2",
+    "dp_shard=4",
+    "ep=4",
+    "tp=2,sequence_parallel=false",
+    "dp_shard=2,ep=2",
+    "dp_shard=2,ep=2,dispatcher=allgather",
+    "dp_shard=2,tp=2",
+    "dp_replicate=2,dp_shard=2",
+    "dp_replicate=2,ep=2",
+    "ep=2,tp=2,expert_parallel_over_tp=true",
+    "ep=2,tp=2,sequence_parallel=false",
+    "dp_shard=2,ep=2,tp=2",
+    "dp_shard=2,ep=2,tp=2,expert_parallel_over_tp=true,sequence_parallel=false",
+    "dp_replicate=2,dp_shard=2,ep=2",
+    "dp_replicate=2,ep=2,tp=2",
+    "dp_replicate=2,dp_shard=2,tp=2",
+)
+AXES = ("dp_replicate", "dp_shard", "ep", "tp")
+SMALL = {
+    "model.flavor": "debug_moe",
+    "data.source": "openai",
+    "data.min_pixels": "1024",
+    "data.virtual_shards": "8",
+    "data.pack_window": "4",
+    "training.seq_len": "161",
+    "training.steps": "5",
+    "training.global_batch_size": "8",
+    "training.micro_batch_size": "1",
+    "training.max_norm": "0.5",
+    "schedule.warmup_steps": "1",
+    "optimizer.lr": "1e-3",
+    "eval.every": "0",
+    "checkpoint.every": "0",
+    "checkpoint.export_hf": "false",
+}
+
+
+@dataclass
+class Trace:
+    """What a run computed. Tensors are whole, on rank 0 only."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    gradients: list[dict[str, Tensor]] = field(default_factory=list)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    images: list[int] = field(default_factory=list)  # of each micro-batch of rank 0's
+
+    # The part of MetricsLogger that a step calls.
+    def waiting_for_data(self):
+        return nullcontext()
+
+    def count(self, **_):
+        pass
+
+    def due(self, step: int) -> bool:
+        return True
+
+    def end_step(self, step: int, loss: Tensor, grad_norm: Tensor, **_) -> None:
+        self.losses.append(loss.item())
+        self.norms.append(grad_norm.item())
+
+
+def record(words: list[str]) -> Trace:
+    """Run all steps on this rank."""
+    config = load_config(words[0], words[1:])
+    run, trace = train.prepare(config), Trace()
+
+    def keep(*_) -> None:
+        gradients = {
+            name: whole(torch.zeros_like(p) if p.grad is None else p.grad)
+            for name, p in run.model.named_parameters()
+        }
+        trace.gradients.append(gradients if dist.get_rank() == 0 else {})
+
+    run.optimizer.register_step_pre_hook(keep)
+    forward_backward = train.forward_backward
+
+    def count_images(run, batch, targets):
+        trace.images.append(batch.num_images)
+        return forward_backward(run, batch, targets)
+
+    train.forward_backward = count_images
+    try:
+        for _ in range(config.training.steps):
+            train.train_step(run, trace)
+    finally:
+        train.forward_backward = forward_backward
+        run.loader.close()
+    weights = {name: whole(p.detach()) for name, p in run.model.named_parameters()}
+    trace.weights = weights if dist.get_rank() == 0 else {}
+    if dist.get_world_size() == 1:
+        dist.destroy_process_group()
+    return trace
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+
+
+# ---------------------------------------------------------------------------- comparing
+
+
+def error(a: Tensor, b: Tensor, floor: float = FLOOR) -> float:
+    """The error measure of the numerics contract."""
+    if a.shape != b.shape:
+        return float("inf")
+    if not b.numel():
+        return 0.0
+    return ((a - b).abs().max() / b.abs().max().clamp(min=floor)).item()
+
+
+def compare(mesh: Trace, single: Trace) -> dict[str, tuple[float, str]]:
+    """The worst error of losses, norms, gradients and weights, and where it is."""
+    worst = {}
+    for kind in ("losses", "norms"):
+        pairs = zip(getattr(mesh, kind), getattr(single, kind), strict=True)
+        errors = [(abs(a - b) / abs(b), f"step {i}") for i, (a, b) in enumerate(pairs)]
+        worst[kind] = max(errors)
+    errors = []
+    for step, (ours, theirs) in enumerate(zip(mesh.gradients, single.gradients, strict=True)):
+        errors += [(error(ours[n], theirs[n]), f"{n}, step {step}") for n in theirs]
+    worst["gradients"] = max(errors)
+    worst["weights"] = max((error(mesh.weights[n], w), n) for n, w in single.weights.items())
+    return worst
+
+
+# ---------------------------------------------------------------------------- meshes and data
+
+
+def ranks_and_words(mesh: str) -> tuple[int, list[str]]:
+    """ "ep=2,tp=2" as a number of processes and command-line words; other keys pass through.
+
+    Raises:
+        ConfigError: something that is not key=value.
+    """
+    ranks, words = 1, ["--parallelism.dp_shard", "1"]
+    for item in filter(None, mesh.split(",")):
+        key, equals, value = item.strip().partition("=")
+        if not equals:
+            raise ConfigError(f'--meshes: {item!r} is not key=value, as in "ep=2,tp=2"')
+        if key in AXES:
+            if not value.isdigit() or int(value) < 1:
+                raise ConfigError(f"--meshes: {key}: expected a number from 1 on, got {value!r}")
+            ranks *= int(value)
+        words += [f"--{key if '.' in key else f'parallelism.{key}'}", value]
+    return ranks, words
+
+
+def write_samples(folder: Path, count: int = 120) -> Path:
+    """Conversations with no image, one, two or three, of many sizes; a fifth have none."""
+    rng = np.random.default_rng(0)
+    lines = []
+    for i in range(count):
+        parts = [{"type": "text", "text": f"Sample {i}. " + "What is shown here? " * (i % 4 + 1)}]
+        for j in range(i % 5 if i % 5 < 4 else 1):
+            height, width = rng.integers(30, 90, 2)
+            pixels = rng.integers(0, 255, (height, width, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i}-{j}.png")
+            parts.append({"type": "image_url", "image_url": {"url": str(folder / f"{i}-{j}.png")}})
+        answer = {"role": "assistant", "content": "Noise, " * (i % 7 + 1) + "nothing else."}
+        lines.append(json.dumps({"messages": [{"role": "user", "content": parts}, answer]}))
+    path = folder / "samples.jsonl"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def small_words(folder: Path) -> list[str]:
+    """The words of the small run, its data written to `folder`."""
+    settings = SMALL | {"data.path": str(write_samples(folder))}
+    return ["qwen_vlm_moe.toml", *(w for k, v in settings.items() for w in (f"--{k}", v))]
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--config", help="as of run_train.sh; default: the small run")
+    parser.add_argument("--meshes", default="all", help='quick, all, or such as "ep=2,tp=2"')
+    parser.add_argument("--quick", action="store_true", help="the same as --meshes quick")
+    arguments, others = parser.parse_known_args(argv)
+    named = {"quick": QUICK, "all": ALL}
+    meshes = named["quick"] if arguments.quick else named.get(arguments.meshes)
+    torch.set_num_threads(1)
+    worst, world = 0.0, World()
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            words = [arguments.config] if arguments.config else small_words(folder)
+            words += ["--training.dtype", "float64", "--run.device", "cpu", *others]
+            words += ["--run.output_dir", str(folder / "single")]
+            single = record(words)
+            for mesh in meshes or arguments.meshes.split(";"):
+                ranks, changes = ranks_and_words(mesh)
+                output = ["--run.output_dir", str(folder / mesh)]
+                trace = world.run(ranks, record, [*words, *changes, *output])[0]
+                errors = compare(trace, single)
+                print(f"{mesh:<40}", *(f"{k} {e:.1e} ({at})" for k, (e, at) in errors.items()))
+                worst = max(worst, *(e for e, _ in errors.values()))
+    except ConfigError as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        return 2
+    finally:
+        world.close()
+    print(json.dumps({"max_error": worst, "limit": LIMIT}))
+    return 0 if worst <= LIMIT else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

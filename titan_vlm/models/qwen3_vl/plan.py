@@ -1,0 +1,56 @@
+"""What may be split among how many ranks, said without knowing how."""
+
+from titan_vlm.models.qwen3_vl.config import Qwen3VLConfig
+
+
+def divisible(config: Qwen3VLConfig) -> dict[str, dict[str, int]]:
+    """For each view of the mesh that splits the model: what it splits, into how many at most."""
+    text = config.text
+    has_experts = any(text.is_moe_layer(i) for i in range(text.num_layers))
+    heads = {"attention heads": text.num_heads, "key/value heads": text.num_kv_heads}
+    if any(not text.is_moe_layer(i) for i in range(text.num_layers)):
+        heads["hidden units of a dense layer"] = text.intermediate_size
+    return {
+        "tp": heads,
+        "expert": {"experts of a layer": text.num_experts if has_experts else 1},
+    }
+
+
+def tensor_plan(config: Qwen3VLConfig, ranks: int) -> dict[str, list[str]]:
+    """Module names by style. The vision tower is split where its heads divide, else replicated."""
+    plan: dict[str, list[str]] = {
+        "embedding": ["text.embed"],
+        "head": ["lm_head"],
+        "sequence": ["text.norm"],
+        "pair": [],
+        "pair_of_patches": [],
+        "column": [],
+        "row": [],
+        "partial": [],
+    }
+    for i in range(config.text.num_layers):
+        layer = f"text.layers.{i}"
+        plan["sequence"] += [f"{layer}.attn_norm", f"{layer}.mlp_norm"]
+        plan["pair"].append(f"{layer}.attn")
+        plan["column"] += [f"{layer}.attn.{name}" for name in "qkv"]
+        plan["partial"] += [f"{layer}.attn.q_norm", f"{layer}.attn.k_norm"]
+        plan["row"].append(f"{layer}.attn.o")
+        if not config.text.is_moe_layer(i):
+            plan["pair"].append(f"{layer}.mlp")
+            plan["column"] += [f"{layer}.mlp.gate", f"{layer}.mlp.up"]
+            plan["row"].append(f"{layer}.mlp.down")
+
+    vision = config.vision
+    if vision.num_heads % ranks == 0 and vision.intermediate_size % ranks == 0:
+        for i in range(vision.depth):
+            block = f"vision.blocks.{i}"
+            plan["pair_of_patches"] += [f"{block}.attn", f"{block}.mlp"]
+            plan["column"] += [f"{block}.attn.{name}" for name in "qkv"] + [f"{block}.mlp.up"]
+            plan["row"] += [f"{block}.attn.o", f"{block}.mlp.down"]
+        levels = [f"vision.deepstack_mergers.{j}" for j in range(len(vision.deepstack_layers))]
+        for merger in ("vision.merger", *levels):
+            plan["pair_of_patches"].append(merger)
+            plan["partial"].append(f"{merger}.norm")
+            plan["column"].append(f"{merger}.fc1")
+            plan["row"].append(f"{merger}.fc2")
+    return plan
