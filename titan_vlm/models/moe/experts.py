@@ -56,7 +56,7 @@ def _matmul_per_group(x_RK: Tensor, weight_EKN: Tensor, ends_E: Tensor) -> Tenso
 
 
 class WeightedSwiGLU(torch.autograd.Function):
-    """silu(gate) * up * weight, [R, 2F] -> [R, F], keeping only its inputs for the backward pass.
+    """silu(gate) * up * weight, [R, 2F] -> [R, F]; keeps `gate_up` and silu(gate) for backward.
 
     The gradient of `gate_up` takes its place: memory that is in cache and that nobody reads any
     more. So there is one backward pass; autograd refuses a second one.
@@ -64,16 +64,16 @@ class WeightedSwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gate_up_RF: Tensor, weights_R: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up_RF, weights_R)
         gate, up = gate_up_RF.chunk(2, -1)
+        activated = F.silu(gate)
+        ctx.save_for_backward(gate_up_RF, activated, weights_R)
         weights = weights_R.to(gate.dtype).unsqueeze(-1)
-        return F.silu(gate).mul_(up).mul_(weights)
+        return (activated * up).mul_(weights)
 
     @staticmethod
     def backward(ctx, grad_RF: Tensor) -> tuple[Tensor, Tensor]:
-        gate_up_RF, weights_R = ctx.saved_tensors
+        gate_up_RF, activated, weights_R = ctx.saved_tensors
         gate, up = gate_up_RF.chunk(2, -1)
-        activated = F.silu(gate)
         grad_activated = grad_RF * up
         torch.mul(grad_RF, activated, out=up)
         # A product with ones sums in float32 and reads its input once; `sum(dtype=float32)` of
