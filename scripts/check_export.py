@@ -27,12 +27,12 @@ from transformers.utils import is_torchvision_available
 
 from titan_vlm.assembly import Parts, assemble, export
 from titan_vlm.config import Config, load_config
-from titan_vlm.data.chat import Encoder, for_template
+from titan_vlm.data.chat import Encoder, for_template, text_of
 from titan_vlm.data.sample import RawSample
 from titan_vlm.data.sources import build_held_out
 from titan_vlm.data.tokenizer import IMAGE_PAD
 from titan_vlm.errors import ConfigError, DataError
-from titan_vlm.evaluation.validate import last_assistant_turn, make_prompt, text_of
+from titan_vlm.evaluation.validate import last_assistant_turn, make_prompt, shown
 from titan_vlm.inference.generate import greedy
 from titan_vlm.models.init import init_weights
 
@@ -171,7 +171,7 @@ def report(
         right += decode(b).strip() == expected.strip()
         wrong += a != b
         if i < 5 or a != b:
-            question = text_of(raw.messages[turn - 1])
+            question = shown(raw.messages[turn - 1])
             print(f"  {question} ours {decode(a)!r} transformers {decode(b)!r} right {expected!r}")
     figures = {
         "samples": len(samples),

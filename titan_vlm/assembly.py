@@ -10,7 +10,7 @@ from torch import Tensor
 
 from titan_vlm.config import Config
 from titan_vlm.data.images import VisualSpec, visual_spec
-from titan_vlm.data.processor_config import image_processor_config, video_processor_config
+from titan_vlm.data.processor_config import processor_configs
 from titan_vlm.data.tokenizer import load_tokenizer, visual_token_ids
 from titan_vlm.models.registry import ModelSpec, model_config, model_spec
 
@@ -51,10 +51,7 @@ def export(
         parts.dims,
         directory,
         tokenizer=parts.tokenizer,
-        processor_configs={
-            "preprocessor_config.json": image_processor_config(parts.images),
-            "video_preprocessor_config.json": video_processor_config(parts.images),
-        },
+        processor_configs=processor_configs(parts.images),
         dtype=getattr(torch, dtype),
         **options,
     )

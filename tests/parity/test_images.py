@@ -15,7 +15,7 @@ from PIL import Image
 
 from titan_vlm.data.chat import Encoder
 from titan_vlm.data.images import VisualSpec, image_grid, prepare_image
-from titan_vlm.data.processor_config import save_processor_configs
+from titan_vlm.data.processor_config import processor_configs
 from titan_vlm.data.sample import ImageRef, VideoRef, image_part, open_bytes, text_part, video_part
 from titan_vlm.data.tokenizer import load_tokenizer
 from titan_vlm.data.videos import pair_times, plan_video, prepare_video, sample_frames
@@ -350,7 +350,8 @@ def test_exported_processor_gives_the_same_tokens_and_pixels(video_processor_cla
 
     tokenizer = load_tokenizer()
     tokenizer.save_pretrained(tmp_path)
-    save_processor_configs(tmp_path, SMALL)
+    for file, config in processor_configs(SMALL).items():
+        (tmp_path / file).write_text(json.dumps(config))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_vl"}))
     processor = AutoProcessor.from_pretrained(tmp_path)
     assert isinstance(processor, Qwen3VLProcessor)
@@ -387,7 +388,8 @@ def test_exported_processor_gives_the_same_tokens_and_pixels(video_processor_cla
 def test_exported_files_are_accepted_by_transformers_without_torchvision(tmp_path):
     from transformers import AutoImageProcessor
 
-    save_processor_configs(tmp_path, SMALL)
+    for file, config in processor_configs(SMALL).items():
+        (tmp_path / file).write_text(json.dumps(config))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_vl"}))
     processor = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
     image = noise(123, 77)

@@ -169,16 +169,16 @@ def test_cutting_never_splits_a_picture_and_keeps_only_its_whole_pictures(encode
     )
     sample = encode(encoder, messages)
     second = sample.visuals[1]
-    for length in range(second.start + 1, second.end):
+    for length in range(second.opening + 1, second.closing):
         short = cut_sample(sample, length)
         assert len(short) == second.start - 1
         assert [v.grid for v in short.visuals] == [(1, 2, 4)]
         assert short.visual_L.sum() == 2
-    whole = cut_sample(sample, second.end)
+    whole = cut_sample(sample, second.closing)
     assert len(whole.visuals) == 2 and whole.visual_L.sum() == 11
-    assert cut_sample(sample, sample.visuals[0].end) is None  # nothing left to learn
+    assert cut_sample(sample, sample.visuals[0].closing) is None  # nothing left to learn
     assert whole.labels_L[-1] == -100
-    assert np.array_equal(whole.tokens_L, sample.tokens_L[: second.end])
+    assert np.array_equal(whole.tokens_L, sample.tokens_L[: second.closing])
 
 
 def test_cutting_within_an_answer_keeps_no_target_that_was_cut_away(encoder):

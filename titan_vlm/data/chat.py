@@ -35,6 +35,9 @@ from titan_vlm.data.videos import VideoPlan, plan_video, prepare_video, video_te
 from titan_vlm.errors import DataError
 from titan_vlm.models.inputs import IGNORE_LABEL
 
+# "<|vision_start|><1234.5 seconds><|vision_start|>", a token for each character.
+_LONGEST_OPENING = 24
+
 
 @dataclass
 class Visual:
@@ -44,6 +47,9 @@ class Visual:
     grid: tuple[int, int, int]
     start: int = 0
     end: int = 0
+    # The same with the markers around it, and the time before a video.
+    opening: int = 0
+    closing: int = 0
     plan: VideoPlan | None = None
 
     def pixels(self, spec: VisualSpec) -> np.ndarray:
@@ -83,6 +89,7 @@ class Encoder:
     def encode(self, raw: RawSample) -> Sample:
         """Tokens with targets on the assistant's turns; DataError names the sample's origin."""
         try:
+            check_turns(raw.messages)
             visuals = self._visuals(raw.messages)
             text, spans = self._render_turns(for_template(raw.messages), visuals)
             sample = self._tokenize(raw, text, spans, visuals)
@@ -147,7 +154,7 @@ class Encoder:
             text = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=generation
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError) as error:
             raise DataError(f"the chat template refuses the messages: {error}") from error
         plans = [visual.plan for visual in visuals if visual.plan is not None]
         if not plans:
@@ -162,7 +169,10 @@ class Encoder:
         )
 
     def _tokenize(self, raw: RawSample, text: str, spans, visuals: list[Visual]) -> Sample:
-        encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        try:
+            encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        except TypeError as error:  # a lone surrogate, which JSON allows and Unicode does not
+            raise DataError(f"text that is no Unicode: {error}") from error
         short = np.array(encoding.ids, dtype=np.int64)
         target = np.zeros(len(short), dtype=bool)
         if spans:
@@ -186,10 +196,23 @@ class Encoder:
         holes = is_visual.nonzero()[0]
         starts = ends[holes] - repeats[holes]
         set_ranges(visuals, starts.tolist(), ends[holes].tolist())
+        for visual in visuals:
+            visual.opening, visual.closing = self._surround(tokens_L, visual)
         positions_3L = rope_positions(len(tokens_L), starts.tolist(), sizes)
         return Sample(
             raw.id, raw.origin, tokens_L, labels_L, positions_3L, visual_L, visuals, raw.meta
         )
+
+    def _surround(self, tokens_L: np.ndarray, visual: Visual) -> tuple[int, int]:
+        """A picture's markers are next to it; around a video the template's stand outside of the
+        time and of the markers of its pairs."""
+        before = tokens_L[max(visual.start - _LONGEST_OPENING, 0) : visual.start]
+        markers = (before == self.ids.vision_start).nonzero()[0]
+        closed = (before == self.ids.vision_end).nonzero()[0]
+        markers = markers[markers > closed.max(initial=-1)]
+        opening = visual.start - (len(before) - int(markers[0]) if len(markers) else 0)
+        behind = tokens_L[visual.end : visual.end + 2] == self.ids.vision_end
+        return opening, visual.end + int(behind.cumprod().sum())
 
     def _placeholder_grids(self, ids, visuals: list[Visual]) -> list[tuple[int, int]]:
         """(height, width) in tokens of every placeholder, in order; their kinds must agree."""
@@ -208,6 +231,25 @@ class Encoder:
             given = sum(visual.plan is None for visual in visuals)
             raise DataError(mismatch("images", images, given))
         return sizes
+
+
+def check_turns(messages: list[dict]) -> None:
+    """Refuse what a template cannot render or a model cannot learn from."""
+    if not messages:
+        raise DataError("a conversation without messages")
+    if messages[0]["role"] == "assistant":
+        raise DataError("turn 1 is the assistant's: nothing was asked; begin with user or system")
+    for k, message in enumerate(messages):
+        if message["role"] == "assistant" and not text_of(message).strip():
+            raise DataError(f"turn {k + 1}: the assistant says nothing")
+
+
+def text_of(message: dict) -> str:
+    """The text of a message, without its pictures."""
+    content = message["content"]
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")
 
 
 def for_template(messages: list[dict]) -> list[dict]:

@@ -56,10 +56,6 @@ class VisualSpec:
         """C: the values of one patch."""
         return 3 * self.temporal_patch_size * self.patch_size**2
 
-    def num_tokens(self, grid: tuple[int, int, int]) -> int:
-        """Tokens that a picture of this grid takes in the text."""
-        return grid[0] * grid[1] * grid[2] // self.merge_size**2
-
 
 def visual_spec(
     data: Data, patch_size: int = 16, merge_size: int = 2, temporal_patch_size: int = 2

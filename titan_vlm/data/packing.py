@@ -196,9 +196,8 @@ class Shard:
 def cut_sample(sample: Sample, length: int) -> Sample | None:
     """The first `length` tokens, fewer where a picture would be cut; None if no target is left."""
     for visual in sample.visuals:
-        if visual.start < length < visual.end:
-            # One less: the token that opens the picture goes too.
-            length = max(visual.start - 1, 0)
+        if visual.opening < length < visual.closing:
+            length = visual.opening
     labels_L = sample.labels_L[:length].copy()
     labels_L[-1:] = IGNORE_LABEL  # its target is the first token that was cut away
     if not (labels_L != IGNORE_LABEL).any():

@@ -4,9 +4,6 @@ Written beside the weights so that AutoProcessor (transformers) and vLLM prepare
 as training did.
 """
 
-import json
-from pathlib import Path
-
 from titan_vlm.data.images import MEAN, STD, VisualSpec
 from titan_vlm.data.videos import MAX_FRAMES, MIN_FRAMES
 
@@ -34,13 +31,12 @@ def video_processor_config(spec: VisualSpec) -> dict:
     }
 
 
-def save_processor_configs(directory: str | Path, spec: VisualSpec) -> None:
-    """Writes both files into an exported checkpoint's directory."""
-    for name, config in (
-        ("preprocessor_config.json", image_processor_config(spec)),
-        ("video_preprocessor_config.json", video_processor_config(spec)),
-    ):
-        Path(directory, name).write_text(json.dumps(config, indent=2) + "\n")
+def processor_configs(spec: VisualSpec) -> dict[str, dict]:
+    """Both files of an exported checkpoint, by name."""
+    return {
+        "preprocessor_config.json": image_processor_config(spec),
+        "video_preprocessor_config.json": video_processor_config(spec),
+    }
 
 
 def _common(spec: VisualSpec) -> dict:

@@ -15,6 +15,7 @@ is emitted. So a reference is a callable that opens the image lazily (PIL reads 
 until pixels are asked for), and everything here can be pickled into a worker process.
 """
 
+import errno
 import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,7 +24,8 @@ from PIL import Image, ImageOps
 
 from titan_vlm.errors import DataError
 
-ORIENTATION_TAG = 0x0112  # EXIF; values 5 to 8 swap width and height
+ORIENTATION_TAG = 0x0112  # EXIF
+TURNED = (5, 6, 7, 8)  # its values that swap width and height
 
 
 @dataclass
@@ -40,10 +42,12 @@ class ImageRef:
             try:
                 with self.open() as image:
                     width, height = image.size
-                    turned = image.format is not None and (
-                        image.getexif().get(ORIENTATION_TAG, 1) >= 5
+                    # Pillow has turned the size of a TIFF itself.
+                    turned = image.format not in (None, "TIFF") and (
+                        image.getexif().get(ORIENTATION_TAG) in TURNED
                     )
             except Exception as error:  # image decoders raise nearly every type there is
+                raise_machine_trouble(error)
                 raise DataError(f"{self.name}: cannot be read as an image: {error}") from error
             self.size = (height, width) if turned else (width, height)
         return self.size
@@ -57,6 +61,7 @@ class ImageRef:
                 image = ImageOps.exif_transpose(image)
             return to_rgb(image)
         except Exception as error:  # image decoders raise nearly every type there is
+            raise_machine_trouble(error)
             raise DataError(f"{self.name}: broken image: {error}") from error
 
 
@@ -78,6 +83,13 @@ class RawSample:
     messages: list[dict]
     origin: str
     meta: dict = field(default_factory=dict)
+
+
+def raise_machine_trouble(error: Exception) -> None:
+    """Raise what is no fault of the sample: out of memory or of file descriptors."""
+    machine = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) in machine:
+        raise error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -7,6 +7,8 @@ scripts/train_tokenizer.py. Ids of special tokens are always looked up by name.
 from dataclasses import dataclass
 from pathlib import Path
 
+from jinja2 import TemplateError
+
 from titan_vlm.errors import ConfigError
 
 DEMO_TOKENIZER = Path(__file__).parent / "demo_tokenizer"
@@ -40,7 +42,28 @@ def load_tokenizer(path: str = ""):
     if not tokenizer.chat_template:
         raise ConfigError(f"data.tokenizer: {directory} has no chat template")
     visual_token_ids(tokenizer)
+    _check_template(tokenizer, directory)
+    # What a tokenizer.json may carry along; samples would be cut without a word.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     return tokenizer
+
+
+def _check_template(tokenizer, directory: Path) -> None:
+    """A template made for text alone leaves out, or breaks on, content that is a list of parts."""
+    messages = [
+        {"role": role, "content": [{"type": "text", "text": f"probe of {role}"}]}
+        for role in ("user", "assistant")
+    ]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except (TemplateError, TypeError, ValueError) as error:
+        text = str(error)
+    if "probe of user" not in text or "probe of assistant" not in text:
+        raise ConfigError(
+            f"data.tokenizer: {directory}: the chat template does not render content that is a "
+            f"list of parts (got {text!r:.80}); use the template of a vision-language model"
+        )
 
 
 def visual_token_ids(tokenizer) -> VisualTokenIds:

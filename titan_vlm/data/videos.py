@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from titan_vlm.data.images import MAX_ASPECT_RATIO, MEAN, STD, VisualSpec, byte_patches
-from titan_vlm.data.sample import VideoRef, to_rgb
+from titan_vlm.data.sample import VideoRef, raise_machine_trouble, to_rgb
 from titan_vlm.errors import DataError
 
 MIN_FRAMES = 4
@@ -40,7 +40,9 @@ class VideoPlan:
 def plan_video(video: VideoRef, spec: VisualSpec) -> VideoPlan:
     """Reads the header of the file (or of the first frame) only."""
     total, fps, width, height = video_header(video, spec)
-    indices = sample_frames(total, fps, spec)
+    # Frames without a rate were sampled by whoever stored them: taken as they are.
+    as_they_are = not video.path and video.fps is None and total <= MAX_FRAMES
+    indices = list(range(total)) if as_they_are else sample_frames(total, fps, spec)
     new_w, new_h = smart_resize_video(len(indices), width, height, spec, video.name)
     times = pair_times(indices, fps, spec.temporal_patch_size)
     grid = (len(times), new_h // spec.patch_size, new_w // spec.patch_size)
@@ -116,16 +118,19 @@ def video_header(video: VideoRef, spec: VisualSpec) -> tuple[int, float, int, in
     if not video.path:
         if not video.frames:
             raise DataError(f"{video.name}: a video without frames")
-        # Frames without a rate were sampled by whoever stored them: taken as they are.
-        fps = video.fps or spec.video_fps
-        return len(video.frames), fps, *video.frames[0].header_size()
+        return len(video.frames), video.fps or spec.video_fps, *video.frames[0].header_size()
+    av = import_av()
     try:
-        with import_av().open(video.path) as container:
+        with av.open(video.path) as container:
             stream = container.streams.video[0]
             # Some containers do not say how many frames they hold: count the packets instead.
             total = stream.frames or sum(1 for p in container.demux(stream) if p.size)
-            return total, float(stream.average_rate), stream.width, stream.height
-    except (OSError, IndexError, ValueError, TypeError) as error:
+            rate = float(stream.average_rate or 0)
+            if rate <= 0 or total <= 0:
+                raise ValueError(f"{total} frames at {rate} frames per second")
+            return total, rate, stream.width, stream.height
+    except Exception as error:  # so does PyAV: a type for each of FFmpeg's errors, and its own
+        raise_machine_trouble(error)
         raise DataError(f"{video.path}: cannot be read as a video: {error}") from error
 
 
@@ -137,14 +142,16 @@ def load_frames(video: VideoRef, indices: list[int]) -> np.ndarray:
             raise DataError(f"{video.name}: frames of different sizes")
         return np.stack([np.asarray(image) for image in images])
     wanted, found = set(indices), {}
+    av = import_av()
     try:
-        with import_av().open(video.path) as container:
+        with av.open(video.path) as container:
             for number, frame in enumerate(container.decode(video=0)):
                 if number in wanted:
                     found[number] = np.asarray(to_rgb(frame.to_image()))
                 if number >= indices[-1]:
                     break
-    except (OSError, IndexError, ValueError) as error:
+    except Exception as error:
+        raise_machine_trouble(error)
         raise DataError(f"{video.path}: broken video: {error}") from error
     if len(found) < len(wanted):
         raise DataError(f"{video.path}: broken video: ends before frame {indices[-1]}")

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from titan_vlm.config import Config
-from titan_vlm.data.chat import Encoder, Sample
+from titan_vlm.data.chat import Encoder, Sample, text_of
 from titan_vlm.data.rows import collate, make_row
 from titan_vlm.data.sample import RawSample
 from titan_vlm.data.sources import build_held_out
@@ -129,7 +129,7 @@ class Validator:
         decoded = greedy(model, prompts, stop_ids, self.config.eval.max_new_tokens, device)
         return [
             Answer(
-                question=text_of(raw.messages[turn - 1]) if turn else "",
+                question=shown(raw.messages[turn - 1]) if turn else "",
                 kind=raw.meta.get("kind", "all"),
                 expected=text_of(raw.messages[turn]),
                 given=tokenizer.decode(tokens, skip_special_tokens=True),
@@ -144,8 +144,8 @@ def last_assistant_turn(messages: list[dict]) -> int | None:
     return turns[-1] if turns else None
 
 
-def text_of(message: dict) -> str:
-    """The text parts of a message; a picture shows as <image>."""
+def shown(message: dict) -> str:
+    """The text of a message with its pictures as <image>."""
     content = message["content"]
     if isinstance(content, str):
         return content

@@ -1,7 +1,7 @@
 """Files of a source: which they are, and lines of JSONL read at random without holding them.
 
 A line is found by its byte offset (8 bytes per line in memory, made by one pass over the file)
-and read with `pread`, which has no file position to share: one open file serves forked workers.
+and read by opening the file again: a source has more shards than a process may hold open.
 """
 
 import glob
@@ -28,30 +28,31 @@ def find_files(path: str, suffixes: tuple[str, ...], kind: str) -> list[str]:
     return sorted(files)
 
 
-class RandomAccessFile:
-    """Bytes at any offset; opened on first use in each process, picklable."""
-
-    def __init__(self, path: str):
-        self.path, self._file = path, None
-
-    def read(self, offset: int, length: int) -> bytes:
-        if self._file is None:
-            self._file = open(self.path, "rb")  # noqa: SIM115 (lives as long as the source)
-        return os.pread(self._file.fileno(), length, offset)
-
-    def __getstate__(self) -> dict:
-        return {"path": self.path, "_file": None}
+def read_slice(path: str, offset: int, length: int) -> bytes:
+    """`length` bytes of a file from `offset` on."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(length)
 
 
 class JsonlFile:
-    """Records of one JSONL file by number; blank lines are skipped."""
+    """Records of one JSONL file by number; blank lines are skipped.
+
+    Raises:
+        ConfigError: the file is one JSON array.
+    """
 
     def __init__(self, path: str):
-        self.path, self.file = path, RandomAccessFile(path)
+        self.path = path
         self.starts, self.lengths, self.lines = array("Q"), array("Q"), array("Q")
         offset = 0
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
+                if not self.lines and line.lstrip().startswith(b"["):
+                    raise ConfigError(
+                        f"data.path: {path} is one JSON array; write one object per line "
+                        f"(jq -c '.[]' {path})"
+                    )
                 if not line.isspace():
                     self.starts.append(offset)
                     self.lengths.append(len(line))
@@ -65,10 +66,10 @@ class JsonlFile:
         return f"{self.path}:{self.lines[index]}"
 
     def record(self, index: int) -> dict:
-        line = self.file.read(self.starts[index], self.lengths[index])
+        line = read_slice(self.path, self.starts[index], self.lengths[index])
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{self.origin(index)}: malformed JSON: {error}") from error
         if not isinstance(record, dict):
             raise DataError(

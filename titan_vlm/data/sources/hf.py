@@ -44,6 +44,8 @@ class HfSource:
         try:
             pictures = self._pictures(row, origin) if self.has_images else []
             if not self.data.messages_column:
+                if not pictures:
+                    raise DataError(f"{self.data.image_column}: no picture to describe")
                 text = row[self.data.text_column]
                 if not isinstance(text, str):
                     raise DataError(f"{self.data.text_column}: expected a text, got {text!r:.60}")

@@ -14,8 +14,8 @@ from a network: a run must not depend on what a server answers that day.
 """
 
 import base64
-import binascii
 import os
+import re
 from collections.abc import Callable
 from functools import partial
 from urllib.parse import unquote, urlparse
@@ -31,37 +31,54 @@ from titan_vlm.data.sample import (
 )
 from titan_vlm.errors import DataError
 
-IMAGE_MARKER = "<image>"
+IMAGE_MARKER, VIDEO_MARKER = "<image>", "<video>"
+_MARKERS = re.compile(f"({IMAGE_MARKER}|{VIDEO_MARKER})")
 LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 LLAVA_ROLES |= {"system": "system"}
 ROLES = ("system", "user", "assistant", "tool")
+# What a turn says beside its content; left out, the model would learn to say nothing instead.
+UNSUPPORTED = ("tool_calls", "function_call", "reasoning_content")
 
 
 def from_llava(record: dict, root: str) -> list[dict]:
-    """Messages of a LLaVA record; the k-th <image> marker is the k-th of its images."""
+    """Messages of a LLaVA record; the k-th <image> marker is the k-th of its images, and so for
+    <video>."""
     turns = expect(record, "conversations", list, "the record")
-    named = record.get("image") or []
-    paths = [named] if isinstance(named, str) else named
-    images = iter([image_ref(path, root) for path in paths])
-    markers, messages = 0, []
+    videos = [video_ref({"video": path}, root) for path in _paths(record, "video")]
+    waiting = {
+        IMAGE_MARKER: [image_part(image_ref(path, root)) for path in _paths(record, "image")],
+        VIDEO_MARKER: [video_part(video) for video in videos],
+    }
+    given = {marker: len(parts) for marker, parts in waiting.items()}
+    found, messages = dict.fromkeys(waiting, 0), []
     for turn in turns:
         sender = expect(turn, "from", str, "a turn")
         if sender not in LLAVA_ROLES:
             raise DataError(f'from: "{sender}", expected one of {", ".join(LLAVA_ROLES)}')
-        texts = expect(turn, "value", str, "a turn").split(IMAGE_MARKER)
-        parts = [text_part(texts[0])] if texts[0] else []
-        for text in texts[1:]:
-            markers += 1
-            if markers <= len(paths):
-                parts.append(image_part(next(images)))
-            if text:
-                parts.append(text_part(text))
+        parts = []
+        for piece in _MARKERS.split(expect(turn, "value", str, "a turn")):
+            if piece in waiting:
+                found[piece] += 1
+                parts += waiting[piece][:1]
+                del waiting[piece][:1]
+            elif piece:
+                parts.append(text_part(piece))
         messages.append({"role": LLAVA_ROLES[sender], "content": parts})
-    if markers != len(paths):
-        raise DataError(
-            f"image-token mismatch: {markers} {IMAGE_MARKER} marker(s) for {len(paths)} image(s)"
-        )
+    for marker, count in found.items():
+        if count != given[marker]:
+            kind = marker.strip("<>")
+            raise DataError(
+                f"{kind}-token mismatch: {count} {marker} marker(s) for {given[marker]} {kind}(s)"
+            )
     return messages
+
+
+def _paths(record: dict, key: str) -> list:
+    """One path or a list of them."""
+    named = record.get(key) or []
+    if not isinstance(named, str | list):
+        raise DataError(f"{key}: expected a path or a list of paths, got {named!r:.60}")
+    return [named] if isinstance(named, str) else named
 
 
 def from_openai(messages: list, root: str, attached: Callable[[], ImageRef] | None = None):
@@ -75,6 +92,9 @@ def from_openai(messages: list, root: str, attached: Callable[[], ImageRef] | No
         role = expect(message, "role", str, "a message")
         if role not in ROLES:
             raise DataError(f'role: "{role}", expected one of {", ".join(ROLES)}')
+        for key in UNSUPPORTED:
+            if message.get(key):
+                raise DataError(f'"{key}" of a message is not supported; write it in its content')
         content = message.get("content")
         if isinstance(content, str):
             content = [text_part(content)]
@@ -131,7 +151,7 @@ def image_ref(where: object, root: str) -> ImageRef:
             raise DataError("image: a data URL must be base64")
         try:
             data = base64.b64decode(payload, validate=True)
-        except binascii.Error as error:
+        except ValueError as error:
             raise DataError(f"image: broken base64 data: {error}") from error
         return ImageRef("inline image", partial(open_bytes, data))
     path = local_path(where, root)
@@ -139,7 +159,10 @@ def image_ref(where: object, root: str) -> ImageRef:
 
 
 def local_path(where: str, root: str) -> str:
-    url = urlparse(where)
+    try:
+        url = urlparse(where)
+    except ValueError as error:
+        raise DataError(f"{where}: not a path or URL: {error}") from error
     if url.scheme == "file":
         return unquote(url.path)
     if url.scheme in ("http", "https", "ftp", "s3", "gs"):

@@ -13,7 +13,7 @@ from array import array
 from functools import partial
 
 from titan_vlm.data.sample import ImageRef, RawSample, image_part, open_slice, text_part
-from titan_vlm.data.sources.files import Concatenated, RandomAccessFile, find_files
+from titan_vlm.data.sources.files import Concatenated, find_files, read_slice
 from titan_vlm.errors import DataError
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
@@ -25,7 +25,7 @@ class TarShard:
     """Where the samples of one shard lie: four numbers and a flag each."""
 
     def __init__(self, path: str):
-        self.path, self.file = path, RandomAccessFile(path)
+        self.path = path
         # Per sample: offset and length of the picture, of the caption, and of the name.
         self.spans = array("Q")
         self.is_json = array("b")
@@ -64,7 +64,7 @@ class TarShard:
         return len(self.is_json)
 
     def key(self, index: int) -> str:
-        header = self.file.read(self.spans[5 * index + 4], 100)
+        header = read_slice(self.path, self.spans[5 * index + 4], 100)
         name = header.split(b"\0")[0].decode(errors="replace")
         folder, slash, file = name.rpartition("/")
         return folder + slash + file.partition(".")[0]
@@ -82,7 +82,7 @@ class TarShard:
         offset, length = self.spans[5 * index + 2 : 5 * index + 4]
         if not offset:
             raise DataError(f"no caption ({', '.join(CAPTIONS)})")
-        data = self.file.read(offset, length)
+        data = read_slice(self.path, offset, length)
         try:
             text = data.decode()
             if not self.is_json[index]:
