@@ -13,12 +13,14 @@ calls), whose roundings are not PIL's. The value table differs too, in the last 
 and deviation are scaled to bytes first.
 """
 
+import errno
 import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from titan_vlm.data.images import MAX_ASPECT_RATIO, MEAN, STD, VisualSpec, byte_patches
 from titan_vlm.data.sample import VideoRef, raise_machine_trouble, to_rgb
@@ -73,7 +75,7 @@ def video_text(times: list[float], vision_start: str, pad: str, vision_end: str)
 
 def sample_frames(total: int, fps: float, spec: VisualSpec) -> list[int]:
     """Indices of the frames that are looked at, evenly spread, about `video_fps` a second."""
-    count = int(total / fps * spec.video_fps)
+    count = int(min(total / fps * spec.video_fps, total))  # infinite at a rate of almost nothing
     count = min(max(count, MIN_FRAMES), MAX_FRAMES, total)
     return np.linspace(0, total - 1, count).round().astype(int).tolist()
 
@@ -126,36 +128,49 @@ def video_header(video: VideoRef, spec: VisualSpec) -> tuple[int, float, int, in
             # Some containers do not say how many frames they hold: count the packets instead.
             total = stream.frames or sum(1 for p in container.demux(stream) if p.size)
             rate = float(stream.average_rate or 0)
-            if rate <= 0 or total <= 0:
-                raise ValueError(f"{total} frames at {rate} frames per second")
-            return total, rate, stream.width, stream.height
-    except Exception as error:  # so does PyAV: a type for each of FFmpeg's errors, and its own
-        raise_machine_trouble(error)
+            width, height = stream.width, stream.height
+            if min(total, rate, width, height) <= 0:
+                raise ValueError(f"{total} frames of {width} x {height} at {rate} per second")
+            return total, rate, width, height
+    except Exception as error:  # PyAV has a type for each of FFmpeg's errors, and its own
+        raise_machine_trouble_of_video(error)
         raise DataError(f"{video.path}: cannot be read as a video: {error}") from error
+
+
+def raise_machine_trouble_of_video(error: Exception) -> None:
+    """As for images, but FFmpeg's ENOMEM is the sample's: damaged files ask for any amount."""
+    if getattr(error, "errno", None) != errno.ENOMEM:
+        raise_machine_trouble(error)
 
 
 def load_frames(video: VideoRef, indices: list[int]) -> np.ndarray:
     """uint8 [T, H, W, 3] of the wanted frames, in order."""
-    if not video.path:
+    if video.path:
+        images = decode_frames(video, indices)
+    else:
         images = [video.frames[index].load_rgb() for index in indices]
-        if any(image.size != images[0].size for image in images):
-            raise DataError(f"{video.name}: frames of different sizes")
-        return np.stack([np.asarray(image) for image in images])
+    if any(image.size != images[0].size for image in images):
+        raise DataError(f"{video.name}: frames of different sizes")
+    return np.stack([np.asarray(image) for image in images])
+
+
+def decode_frames(video: VideoRef, indices: list[int]) -> list[Image.Image]:
+    """The wanted frames of a file, in RGB."""
     wanted, found = set(indices), {}
     av = import_av()
     try:
         with av.open(video.path) as container:
             for number, frame in enumerate(container.decode(video=0)):
                 if number in wanted:
-                    found[number] = np.asarray(to_rgb(frame.to_image()))
+                    found[number] = to_rgb(frame.to_image())
                 if number >= indices[-1]:
                     break
     except Exception as error:
-        raise_machine_trouble(error)
+        raise_machine_trouble_of_video(error)
         raise DataError(f"{video.path}: broken video: {error}") from error
     if len(found) < len(wanted):
         raise DataError(f"{video.path}: broken video: ends before frame {indices[-1]}")
-    return np.stack([found[index] for index in indices])
+    return [found[index] for index in indices]
 
 
 def import_av():

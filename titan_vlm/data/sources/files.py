@@ -14,6 +14,9 @@ from pathlib import Path
 
 from titan_vlm.errors import ConfigError, DataError
 
+# Before a record; some editors begin a file with a byte order mark.
+BLANK = b"\xef\xbb\xbf \t\r\n"
+
 
 def find_files(path: str, suffixes: tuple[str, ...], kind: str) -> list[str]:
     """The files that data.path names: one file, all of a directory, or a glob; sorted."""
@@ -48,7 +51,7 @@ class JsonlFile:
         offset = 0
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
-                if not self.lines and line.lstrip().startswith(b"["):
+                if not self.lines and line.lstrip(BLANK).startswith(b"["):
                     raise ConfigError(
                         f"data.path: {path} is one JSON array; write one object per line "
                         f"(jq -c '.[]' {path})"

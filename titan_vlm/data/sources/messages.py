@@ -36,8 +36,9 @@ _MARKERS = re.compile(f"({IMAGE_MARKER}|{VIDEO_MARKER})")
 LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 LLAVA_ROLES |= {"system": "system"}
 ROLES = ("system", "user", "assistant", "tool")
-# What a turn says beside its content; left out, the model would learn to say nothing instead.
-UNSUPPORTED = ("tool_calls", "function_call", "reasoning_content")
+# What else a message may carry changes what is to be learnt: calls of tools, a weight, reasoning.
+UNDERSTOOD = ("role", "content")
+EMPTY = (None, "", [], {})  # a table gives every row every key
 
 
 def from_llava(record: dict, root: str) -> list[dict]:
@@ -92,9 +93,12 @@ def from_openai(messages: list, root: str, attached: Callable[[], ImageRef] | No
         role = expect(message, "role", str, "a message")
         if role not in ROLES:
             raise DataError(f'role: "{role}", expected one of {", ".join(ROLES)}')
-        for key in UNSUPPORTED:
-            if message.get(key):
-                raise DataError(f'"{key}" of a message is not supported; write it in its content')
+        for key, value in message.items():
+            if key not in UNDERSTOOD and value not in EMPTY:
+                raise DataError(
+                    f'"{key}" of a message is not understood; write it in its content, or leave '
+                    "it out"
+                )
         content = message.get("content")
         if isinstance(content, str):
             content = [text_part(content)]

@@ -88,7 +88,7 @@ class TarShard:
             if not self.is_json[index]:
                 return text.strip()
             record = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"malformed caption: {error}") from error
         found = record if isinstance(record, dict) else {}
         text = next((found[key] for key in CAPTION_KEYS if isinstance(found.get(key), str)), None)
