@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from titan_vlm import train
+from titan_vlm.config import Config, load_config
 
 SMALL = {
     "model.flavor": "debug_moe",
@@ -32,9 +33,18 @@ SMALL = {
 
 def run(output: Path, **changes: str) -> int:
     """`section__key=value` changes the small run; returns the exit status."""
+    return train.main(["--config", "qwen_vlm_moe.toml", *words(output, changes)])
+
+
+def small_config(output: Path, **changes: str) -> Config:
+    """The configuration of that run."""
+    return load_config("qwen_vlm_moe.toml", words(output, changes))
+
+
+def words(output: Path, changes: dict[str, str]) -> list[str]:
     settings = SMALL | {key.replace("__", "."): value for key, value in changes.items()}
-    words = [word for key, value in settings.items() for word in (f"--{key}", value)]
-    return train.main(["--config", "qwen_vlm_moe.toml", "--run.output_dir", str(output), *words])
+    settings["run.output_dir"] = str(output)
+    return [word for key, value in settings.items() for word in (f"--{key}", value)]
 
 
 def run_killed(output: Path, step: int, **changes: str) -> None:

@@ -1,5 +1,8 @@
 """FSDP2 over dp_shard: the same run on two ranks as on one."""
 
+import io
+from contextlib import redirect_stderr
+
 import pytest
 import torch
 
@@ -28,6 +31,27 @@ def test_a_killed_run_of_two_ranks_resumes_bitwise(world, tmp_path, dtype):
     assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
     resumed, expected = weights(tmp_path / "killed"), weights(tmp_path / "whole")
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"training__global_batch_size": "1"}, "use 2"),
+        ({"parallelism__ep": "2", "model__flavor": "debug"}, "1 experts of a layer over expert 2"),
+        ({"parallelism__tp": "4"}, "does not divide the 2 processes"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_refused_on_every_rank(world, tmp_path, changes, said):
+    for status, printed in world.run(2, run_and_listen, tmp_path, changes):
+        errors = [line for line in printed.splitlines() if line.startswith("error:")]
+        assert status == 2
+        assert len(errors) == 1 and said in errors[0]
+
+
+def run_and_listen(output, changes):
+    with redirect_stderr(io.StringIO()) as printed:
+        status = run(output, **changes)
+    return status, printed.getvalue()
 
 
 def run_small(output, changes):

@@ -1,6 +1,7 @@
 """Parallelism never changes the mathematics: every mesh against the single process, float64."""
 
 import pytest
+import torch
 
 from scripts.check_parity import ALL, LIMIT, QUICK, compare, ranks_and_words, record, small_words
 
@@ -32,3 +33,5 @@ def test_a_mesh_trains_what_one_process_trains(world, words, single, tmp_path, m
 def test_the_data_holds_what_a_mesh_could_stumble_over(single):
     assert {0, 1} < set(single.images)  # micro-batches without images, and with several
     assert single.norms[0] > 0.5  # clipping is active
+    clipped = torch.stack([grad.norm() for grad in single.gradients[0].values()]).norm()
+    assert clipped.item() == pytest.approx(0.5, rel=1e-5)

@@ -1,14 +1,17 @@
 """The trainer as a user runs it: one command, killed, resumed, finished, mistaken."""
 
+import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from resource import RUSAGE_CHILDREN, getrusage
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from tests.small_run import curve, run, run_killed, weights
+from tests.small_run import curve, run, run_killed, small_config, weights
 from titan_vlm import train
 from titan_vlm.assembly import assemble
 from titan_vlm.config import load_config
@@ -64,16 +67,19 @@ def test_a_frozen_branch_stays_and_the_others_learn(tmp_path):
     assert {n for n in before if ".language_model." in n and "proj" in n} <= moved
 
 
-def test_a_branch_learns_at_its_own_rate(tmp_path):
+def test_a_branch_learns_at_its_own_rate(tmp_path, monkeypatch):
     assert run(tmp_path / "all", training__steps="1", schedule__warmup_steps="0") == 0
     changes = {
         "optimizer__branch_lr": "{ projector = 0.0, vision = 1e-2 }",
         "checkpoint__initial_load_path": str(tmp_path / "all" / "hf"),
         "schedule__kind": "constant",
-        "schedule__warmup_steps": "0",
-        "training__steps": "1",
+        "schedule__warmup_steps": "2",  # the first step is taken at half the rate
+        "training__steps": "2",
+        "checkpoint__every": "0",
     }
-    assert run(tmp_path / "rates", **changes) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", only_the_first(train.train_step))
+        assert run(tmp_path / "rates", **changes) == 0
     before, after = weights(tmp_path / "all"), weights(tmp_path / "rates")
     change = {name: (after[name] - before[name]).abs().max().item() for name in before}
     projector = [change[name] for name in change if "merger" in name]
@@ -81,8 +87,59 @@ def test_a_branch_learns_at_its_own_rate(tmp_path):
     text = [change[name] for name in change if ".language_model.layers" in name]
     assert max(projector) == 0.0
     # Adam's first step moves a weight by its rate, whatever the gradient.
-    assert max(vision) == pytest.approx(1e-2, rel=0.1)
-    assert max(text) == pytest.approx(load_config("qwen_vlm_moe.toml").optimizer.lr, rel=0.1)
+    assert max(vision) == pytest.approx(1e-2 / 2, rel=0.1)
+    assert max(text) == pytest.approx(load_config("qwen_vlm_moe.toml").optimizer.lr / 2, rel=0.1)
+
+
+def only_the_first(train_step):
+    """The step, which later does nothing."""
+
+    def step(state, metrics):
+        if state.step == 0:
+            train_step(state, metrics)
+        else:
+            state.step += 1
+
+    return step
+
+
+def test_loads_count_the_pairs_of_the_steps_since_the_last_report(tmp_path):
+    prepared = train.prepare(small_config(tmp_path))
+    reports = Reports()
+    for _ in range(3):
+        train.train_step(prepared, reports)
+    dist.destroy_process_group()
+    assert len(reports.pairs) == 3
+    assert reports.pairs == [tokens * 2 for tokens in reports.tokens]  # top-2
+
+
+class Reports:
+    """The part of MetricsLogger that a step calls; keeps pairs and tokens of each step."""
+
+    def __init__(self):
+        self.pairs, self.tokens = [], []
+
+    def waiting_for_data(self):
+        return nullcontext()
+
+    def count(self, tokens, **_):
+        self.tokens.append(tokens)
+
+    def due(self, step):
+        return True
+
+    def end_step(self, step, *, expert_loads, **_):
+        sums = {int(load_E.sum()) for load_E in expert_loads.values()}
+        assert len(sums) == 1  # each MoE layer routes the same tokens
+        self.pairs.append(sums.pop())
+
+
+def test_a_run_ends_with_a_validation(tmp_path):
+    assert run(tmp_path, training__steps="2") == 0
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    (validation,) = [record for record in records if "eval/exact" in record]
+    assert validation["step"] == 2
+    assert 0 <= validation["eval/exact"] <= 1 and validation["eval/loss"] > 0
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
