@@ -3,11 +3,11 @@
     scripts/check_parity.py --config X --meshes "ep=2,tp=2"      one mesh, or several behind ";"
     scripts/check_parity.py --config X --meshes quick|all         the lists of this file
 
-Every mesh runs on CPU with gloo in float64. Loss, gradient norm and every gradient of each step,
-and every weight after the last, are compared with the single process; the error of a tensor is
-max|a - b| / max(max|b|, floor), because some gradients are zero plus roundoff. Without --config:
-a small model on samples with no image, one, and several of different sizes. Exit status 0 only
-where every error is at most 1e-9; the last line is one JSON object.
+Every mesh runs on CPU with gloo in float64. Loss, gradient norm, expert loads and every gradient of
+each step, and every weight after the last, are compared with the single process; the error of a
+tensor is max|a - b| / max(max|b|, floor), because some gradients are zero plus roundoff. Without
+--config: a small model on samples with no image, one, and several of different sizes. Exit status 0
+only where every error is at most 1e-9; the last line is one JSON object.
 """
 
 import argparse
@@ -21,14 +21,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from gloo_world import World
 from PIL import Image
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from scripts.gloo_world import World
 from titan_vlm import train
+from titan_vlm.assembly import assemble
 from titan_vlm.config import load_config
 from titan_vlm.errors import ConfigError
+from titan_vlm.mesh import resolve_degrees
 
 LIMIT = 1e-9
 # Below this a gradient is taken for zero plus roundoff.
@@ -49,7 +51,7 @@ ALL = (
     "ep=2,tp=2,sequence_parallel=false",
     "dp_shard=2,ep=2,tp=2",
     "dp_shard=2,ep=2,tp=2,expert_parallel_over_tp=true,sequence_parallel=false",
-    "dp_replicate=2,dp_shard=2,ep=2",
+    "dp_replicate=2,dp_shard=2,ep=2,training.micro_batch_size=1",
     "dp_replicate=2,ep=2,tp=2",
     "dp_replicate=2,dp_shard=2,tp=2",
 )
@@ -63,7 +65,7 @@ SMALL = {
     "training.seq_len": "161",
     "training.steps": "5",
     "training.global_batch_size": "8",
-    "training.micro_batch_size": "1",
+    "training.micro_batch_size": "2",
     "training.max_norm": "0.5",
     "schedule.warmup_steps": "1",
     "optimizer.lr": "1e-3",
@@ -82,6 +84,7 @@ class Trace:
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
     images: list[int] = field(default_factory=list)  # of each micro-batch of rank 0's
+    loads: list[dict[str, list[int]]] = field(default_factory=list)  # pairs of each expert
 
     # The part of MetricsLogger that a step calls.
     def waiting_for_data(self):
@@ -93,9 +96,10 @@ class Trace:
     def due(self, step: int) -> bool:
         return True
 
-    def end_step(self, step: int, loss: Tensor, grad_norm: Tensor, **_) -> None:
+    def end_step(self, step: int, loss: Tensor, grad_norm: Tensor, expert_loads, **_) -> None:
         self.losses.append(loss.item())
         self.norms.append(grad_norm.item())
+        self.loads.append({name: load_E.tolist() for name, load_E in expert_loads.items()})
 
 
 def record(words: list[str]) -> Trace:
@@ -148,8 +152,14 @@ def error(a: Tensor, b: Tensor, floor: float = FLOOR) -> float:
 
 
 def compare(mesh: Trace, single: Trace) -> dict[str, tuple[float, str]]:
-    """The worst error of losses, norms, gradients and weights, and where it is."""
-    worst = {}
+    """The worst error of losses, norms, gradients, weights and expert loads, and where it is.
+
+    Loads are whole numbers: another one is an infinite error. (A routed padding token changes no
+    gradient.)
+    """
+    pairs = zip(mesh.loads, single.loads, strict=True)
+    wrong = [f"step {i}" for i, (ours, theirs) in enumerate(pairs) if ours != theirs]
+    worst = {"loads": (float("inf") if wrong else 0.0, wrong[0] if wrong else "-")}
     for kind in ("losses", "norms"):
         pairs = zip(getattr(mesh, kind), getattr(single, kind), strict=True)
         errors = [(abs(a - b) / abs(b), f"step {i}") for i, (a, b) in enumerate(pairs)]
@@ -208,6 +218,13 @@ def small_words(folder: Path) -> list[str]:
     return ["qwen_vlm_moe.toml", *(w for k, v in settings.items() for w in (f"--{k}", v))]
 
 
+def check(words: list[str], ranks: int) -> None:
+    """Refuse a mesh that cannot be before anything runs (ConfigError)."""
+    config = load_config(words[0], words[1:])
+    degrees = resolve_degrees(config.parallelism, ranks)
+    train.check_degrees(config, degrees, assemble(config))
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", help="as of run_train.sh; default: the small run")
@@ -224,12 +241,13 @@ def main(argv: list[str]) -> int:
             words = [arguments.config] if arguments.config else small_words(folder)
             words += ["--training.dtype", "float64", "--run.device", "cpu", *others]
             words += ["--run.output_dir", str(folder / "single")]
+            asked = {m: ranks_and_words(m) for m in meshes or arguments.meshes.split(";")}
+            for ranks, changes in asked.values():
+                check([*words, *changes], ranks)
             single = record(words)
-            for mesh in meshes or arguments.meshes.split(";"):
-                ranks, changes = ranks_and_words(mesh)
+            for mesh, (ranks, changes) in asked.items():
                 output = ["--run.output_dir", str(folder / mesh)]
-                trace = world.run(ranks, record, [*words, *changes, *output])[0]
-                errors = compare(trace, single)
+                errors = compare(world.run(ranks, record, [*words, *changes, *output])[0], single)
                 print(f"{mesh:<40}", *(f"{k} {e:.1e} ({at})" for k, (e, at) in errors.items()))
                 worst = max(worst, *(e for e, _ in errors.values()))
     except ConfigError as mistake:

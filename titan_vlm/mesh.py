@@ -175,5 +175,5 @@ def check_divides(degrees: Mapping[str, int], needs: Mapping[str, Mapping[str, i
                 nearest = f"{below} or {above}" if above else str(below)
                 raise ConfigError(
                     f"[parallelism]: {count} {what} over {view} {degree} is {count / degree:.3g} "
-                    f"each; use a {view} of {nearest}"
+                    f"each; use {nearest}"
                 )

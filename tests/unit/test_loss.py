@@ -172,3 +172,14 @@ def test_peak_memory_at_the_real_vocabulary_is_below_a_tenth_of_the_naive_loss()
     half, full = measure_peak("naive", 512), measure_peak("naive", 1024)
     naive_peak = full + (8192 - 1024) * (full - half) / 512
     assert measure_peak("chunked", 8192) < 0.1 * naive_peak
+
+
+def test_hidden_states_that_are_not_contiguous_get_their_gradient():
+    hidden = torch.randn(5, 3, 4, dtype=torch.float64).transpose(0, 1).requires_grad_()
+    weight = torch.randn(7, 4, dtype=torch.float64)
+    labels = torch.randint(0, 7, (3, 5))
+    loss = chunked_cross_entropy(hidden, weight, labels, chunk_tokens=4)
+    (given,) = torch.autograd.grad(loss, hidden)
+    plain = F.cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten(), reduction="sum")
+    (wanted,) = torch.autograd.grad(plain, hidden)
+    torch.testing.assert_close(given, wanted, rtol=1e-12, atol=1e-12)

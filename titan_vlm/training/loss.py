@@ -132,7 +132,8 @@ def _loss_and_gradients(
     weight = weight_VD.to(dtype)
 
     loss = torch.zeros((), dtype=exact, device=hidden_BSD.device)
-    grad_hidden = torch.zeros_like(hidden_BSD, dtype=exact) if needs_hidden else None
+    # Written to row by row, so contiguous even where the hidden states are not.
+    grad_hidden = hidden_BSD.new_zeros(hidden_BSD.shape, dtype=exact) if needs_hidden else None
     grad_weight = torch.zeros_like(weight_VD, dtype=exact) if needs_weight else None
 
     # Made once for all chunks: fresh memory of this size costs a CPU more than the arithmetic.
