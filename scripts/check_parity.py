@@ -195,12 +195,12 @@ def ranks_and_words(mesh: str) -> tuple[int, list[str]]:
 
 
 def write_samples(folder: Path, count: int = 120) -> Path:
-    """Conversations with no image, one, two or three, of many sizes; a fifth have none."""
+    """Conversations with no image, as most, or one, two or three of many sizes."""
     rng = np.random.default_rng(0)
     lines = []
     for i in range(count):
         parts = [{"type": "text", "text": f"Sample {i}. " + "What is shown here? " * (i % 4 + 1)}]
-        for j in range(i % 5 if i % 5 < 4 else 1):
+        for j in range((0, 0, 3, 0, 0, 1, 0, 0, 2, 0)[i % 10]):
             height, width = rng.integers(30, 90, 2)
             pixels = rng.integers(0, 255, (height, width, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / f"{i}-{j}.png")

@@ -1,6 +1,6 @@
 """The trainer, top to bottom: `torchrun -m titan_vlm.train --config train_configs/X.toml`.
 
-    configure -> mesh -> build the model -> parallelise it -> optimizer, data -> resume
+    configure -> mesh -> build the model -> parallelise it -> fill it -> optimizer, data -> resume
     for each step:  read the step's rows -> forward and backward, micro-batch by micro-batch
                     -> clip -> update -> metrics -> (validate) -> (save)
     save -> export
@@ -37,6 +37,7 @@ from titan_vlm.mesh import Mesh, build_mesh, check_divides, resolve_degrees
 from titan_vlm.models.init import init_weights
 from titan_vlm.models.inputs import Batch
 from titan_vlm.parallel import activation_checkpoint, compile, expert, fsdp, tensor
+from titan_vlm.parallel.local import tie, tied_parameters
 from titan_vlm.training.checkpoint import Checkpointer
 from titan_vlm.training.loss import chunked_cross_entropy
 from titan_vlm.training.metrics import MetricsLogger
@@ -104,8 +105,8 @@ def prepare(config: Config) -> "Run":
     open_run_dir(output, config)
 
     checkpointer = Checkpointer(output / "checkpoints", config.checkpoint)
-    model = build_model(parts, config, device, fresh=checkpointer.latest() is None)
-    model = parallelize(model, mesh, config)
+    model = parallelize(build_model(parts, config), mesh, config)
+    fill(model, parts, config, device, fresh=checkpointer.latest() is None)
     optimizer = build_optimizer(model, config.optimizer, config.training.freeze)
     reader, readers = mesh.batch.get_local_rank(), mesh.batch.size()
     loader = build_loader(config, parts.tokenizer, parts.images, reader, readers)
@@ -283,25 +284,33 @@ def open_run_dir(output: Path, config: Config) -> None:
     )
 
 
-def build_model(parts: Parts, config: Config, device: torch.device, fresh: bool) -> nn.Module:
-    """The whole model on `device`; weights from Hugging Face, from the seed, or (not `fresh`) from
-    the checkpoint that is about to be loaded."""
-    with device:
+def build_model(parts: Parts, config: Config) -> nn.Module:
+    """The model on the meta device: it has no memory until it is sharded, so that no rank ever
+    holds the whole."""
+    with torch.device("meta"):
         model = parts.spec.build(parts.dims).to(DTYPES[config.training.dtype])
-    if fresh and config.checkpoint.initial_load_path:
-        parts.spec.load_hf(model, config.checkpoint.initial_load_path)
-    else:
-        init_weights(model, config.run.seed, parts.dims.text.initializer_range)
-    parameters = sum(p.numel() for p in model.parameters())
     logger.info(
-        "%s %s: %.1f M parameters, %s on %s",
+        "%s %s: %.1f M parameters, %s",
         config.model.name,
         config.model.flavor,
-        parameters / 1e6,
+        sum(p.numel() for p in model.parameters()) / 1e6,
         config.training.dtype,
-        device,
     )
     return model
+
+
+def fill(model: nn.Module, parts: Parts, config: Config, device: torch.device, fresh: bool) -> None:
+    """Give this rank's part of the model memory, and its weights: from Hugging Face, from the seed,
+    or (not `fresh`) from the checkpoint that is about to be loaded."""
+    tied = tied_parameters(model)
+    model.to_empty(device=device)
+    tie(tied)
+    for buffer in model.buffers():
+        buffer.zero_()
+    if fresh and config.checkpoint.initial_load_path:
+        parts.spec.load_hf(model, config.checkpoint.initial_load_path)
+    elif fresh:
+        init_weights(model, config.run.seed, parts.dims.text.initializer_range)
 
 
 def parallelize(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:

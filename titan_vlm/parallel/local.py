@@ -1,4 +1,4 @@
-"""Modules whose parameters are DTensors and whose arithmetic is this rank's own."""
+"""Parameters that become DTensors, and modules whose arithmetic is this rank's own."""
 
 from collections.abc import Sequence
 
@@ -41,3 +41,22 @@ def compute_locally(module: nn.Module, gradient: Sequence[Placement]) -> None:
                 del module.__dict__[name]
 
     module.forward = run
+
+
+Places = list[tuple[nn.Module, str]]
+
+
+def tied_parameters(model: nn.Module) -> list[Places]:
+    """The places of each parameter that stands in several, before something replaces them."""
+    places: dict[nn.Parameter, Places] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            places.setdefault(parameter, []).append((module, name))
+    return [found for found in places.values() if len(found) > 1]
+
+
+def tie(tied: list[Places]) -> None:
+    """Let all places have the parameter of the first again."""
+    for (first, name), *others in tied:
+        for module, other in others:
+            module.register_parameter(other, getattr(first, name))

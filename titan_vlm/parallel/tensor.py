@@ -36,7 +36,7 @@ from titan_vlm.config import Parallelism
 from titan_vlm.mesh import Mesh
 from titan_vlm.models.inputs import Batch
 from titan_vlm.models.moe.layer import MoE
-from titan_vlm.parallel.local import compute_locally, shard_parameter
+from titan_vlm.parallel.local import compute_locally, shard_parameter, tie, tied_parameters
 
 POSITIONS = 1  # the dimension of [B, S, D] that sequence parallelism splits
 
@@ -71,29 +71,18 @@ def apply(model: nn.Module, mesh: Mesh, config: Parallelism) -> nn.Module:
         return model
     split = Split(mesh.tp, mesh.tp.get_group(), config.sequence_parallel)
     modules = dict(model.named_modules())
-    tied = _tied_parameters(model)
+    tied = tied_parameters(model)
     for style, names in model.tensor_plan(split.group.size()).items():
         for name in names:
             STYLES[style](modules[name], split)
     for module in modules.values():
         if isinstance(module, MoE):
             _experts(module, split)
-    for (first, name), *others in tied:
-        for module, other in others:
-            module.register_parameter(other, getattr(first, name))
+    tie(tied)
     model.register_forward_pre_hook(lambda _, args: (_begin(args[0], split), *args[1:]))
     if split.sequence:
         model.vision.register_forward_hook(lambda _, args, out: _own_features(out, split))
     return model
-
-
-def _tied_parameters(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
-    """The places of each parameter that has several."""
-    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            places.setdefault(parameter, []).append((module, name))
-    return [found for found in places.values() if len(found) > 1]
 
 
 # ---------------------------------------------------------------------------- the batch
