@@ -54,6 +54,10 @@ ALL = (
     "dp_replicate=2,dp_shard=2,ep=2,training.micro_batch_size=1",
     "dp_replicate=2,ep=2,tp=2",
     "dp_replicate=2,dp_shard=2,tp=2",
+    "ep=2,tp=2,activation_checkpoint.mode=full",
+    "tp=2,activation_checkpoint.mode=selective",
+    "tp=2,compile.enable=true,compile.backend=aot_eager",
+    "dp_shard=2,ep=2,compile.enable=true,compile.backend=aot_eager",
 )
 AXES = ("dp_replicate", "dp_shard", "ep", "tp")
 SMALL = {
