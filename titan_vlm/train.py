@@ -263,10 +263,13 @@ def check_degrees(config: Config, degrees: Mapping[str, int], parts: Parts) -> N
     if rows % unit:
         below, above = rows // unit * unit, (rows // unit + 1) * unit
         nearest = f"{below} or {above}" if below else str(above)
+        micro, each = config.training.micro_batch_size, rows // ranks
+        if rows % ranks == 0:
+            fits = max(n for n in range(1, each + 1) if each % n == 0 and n <= micro)
+            nearest += f", or training.micro_batch_size = {fits}"
         raise ConfigError(
             f"training.global_batch_size = {rows} is no multiple of {ranks} data-parallel ranks x "
-            f"training.micro_batch_size {config.training.micro_batch_size} = {unit}; "
-            f"use {nearest}"
+            f"training.micro_batch_size {micro} = {unit}; use {nearest}"
         )
 
 

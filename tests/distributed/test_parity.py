@@ -3,31 +3,55 @@
 import pytest
 import torch
 
-from scripts.check_parity import ALL, LIMIT, QUICK, compare, ranks_and_words, record, small_words
+from scripts.check_parity import (
+    ALL,
+    LIMITS,
+    QUICK,
+    compare,
+    judged,
+    ranks_and_words,
+    record,
+    small_words,
+)
 
-EXACT = ["--training.dtype", "float64", "--run.device", "cpu"]
 FAST = {*QUICK, "dp_replicate=2,ep=2", "tp=2,sequence_parallel=false", "dp_shard=2,ep=2,tp=2"}
 
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
-    return [*small_words(tmp_path_factory.mktemp("data")), *EXACT]
+    return [*small_words(tmp_path_factory.mktemp("data")), "--run.device", "cpu"]
 
 
 @pytest.fixture(scope="module")
 def single(words, tmp_path_factory):
-    return record([*words, "--run.output_dir", str(tmp_path_factory.mktemp("single"))])
+    output = str(tmp_path_factory.mktemp("single"))
+    return record([*words, "--training.dtype", "float64", "--run.output_dir", output])
 
 
 @pytest.mark.parametrize(
     "mesh", [m if m in FAST else pytest.param(m, marks=pytest.mark.slow) for m in ALL]
 )
 def test_a_mesh_trains_what_one_process_trains(world, words, single, tmp_path, mesh):
+    assert_parity(world, words, single, tmp_path, mesh, "float64")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["dp_shard=2", "ep=2,tp=2"])
+def test_in_float32_loss_and_gradients_are_the_same(world, words, tmp_path, mesh):
+    output = str(tmp_path / "single")
+    single = record([*words, "--training.dtype", "float32", "--run.output_dir", output])
+    assert_parity(world, words, single, tmp_path / "mesh", mesh, "float32")
+
+
+def assert_parity(world, words, single, output, mesh, dtype):
     ranks, changes = ranks_and_words(mesh)
-    traces = world.run(ranks, record, [*words, *changes, "--run.output_dir", str(tmp_path)])
-    assert len(traces[0].gradients) == 5
-    for kind, (error, where) in compare(traces[0], single).items():
-        assert error <= LIMIT, f"{kind}: {error:.1e} at {where}"
+    words = [*words, "--training.dtype", dtype, *changes, "--run.output_dir", str(output)]
+    trace = world.run(ranks, record, words)[0]
+    assert len(trace.gradients) == 5
+    errors = compare(trace, single)
+    for kind in judged(dtype):
+        error, where = errors[kind]
+        assert error <= LIMITS[dtype], f"{kind}: {error:.1e} at {where}"
 
 
 def test_the_data_holds_what_a_mesh_could_stumble_over(single):

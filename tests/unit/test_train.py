@@ -204,5 +204,9 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, capfd):
 def test_a_batch_that_ranks_do_not_divide_is_refused_with_the_nearest():
     config = load_config("qwen_vlm_moe.toml", ["--training.micro_batch_size", "2"])
     degrees = {"dp_replicate": 1, "dp_shard": 3, "ep": 1, "tp": 1}
-    with pytest.raises(ConfigError, match="use 6 or 12"):
+    with pytest.raises(ConfigError, match="use 6 or 12$"):
+        train.check_degrees(config, degrees, assemble(config))
+    config = load_config("qwen_vlm_moe.toml", ["--training.micro_batch_size", "8"])
+    degrees["dp_shard"] = 2
+    with pytest.raises(ConfigError, match="use 16, or training.micro_batch_size = 4$"):
         train.check_degrees(config, degrees, assemble(config))
