@@ -39,6 +39,8 @@ from titan_vlm.config import Parallelism
 from titan_vlm.errors import ConfigError
 
 AXES = ("dp_replicate", "dp_shard", "ep", "tp")
+# The settings behind a view, as a message names them.
+NAMES = {"tp": "tp", "expert": "ep (x tp with expert_parallel_over_tp)"}
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,6 @@ def check_divides(degrees: Mapping[str, int], needs: Mapping[str, Mapping[str, i
                 above = min((n for n in good if n > degree), default=None)
                 nearest = f"{below} or {above}" if above else str(below)
                 raise ConfigError(
-                    f"[parallelism]: {count} {what} over {view} {degree} is {count / degree:.3g} "
-                    f"each; use {nearest}"
+                    f"[parallelism]: {count} {what} over {NAMES[view]} = {degree} is "
+                    f"{count / degree:.3g} each; use {nearest}"
                 )

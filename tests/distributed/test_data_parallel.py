@@ -37,7 +37,7 @@ def test_a_killed_run_of_two_ranks_resumes_bitwise(world, tmp_path, dtype):
     ("changes", "said"),
     [
         ({"training__global_batch_size": "1"}, "use 2"),
-        ({"parallelism__ep": "2", "model__flavor": "debug"}, "1 experts of a layer over expert 2"),
+        ({"parallelism__ep": "2", "model__flavor": "debug"}, "1 experts of a layer over ep"),
         ({"parallelism__tp": "4"}, "does not divide the 2 processes"),
     ],
 )

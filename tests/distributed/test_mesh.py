@@ -35,9 +35,9 @@ def test_degrees_that_do_not_multiply_to_the_world_are_refused(given, world, sai
 def test_what_a_degree_does_not_divide_is_refused_with_the_nearest():
     needs = {"tp": {"attention heads": 12, "key/value heads": 4}, "expert": {"experts": 8}}
     check_divides({"tp": 4, "expert": 8}, needs)
-    with pytest.raises(ConfigError, match="12 attention heads over tp 8 .*use 4"):
+    with pytest.raises(ConfigError, match="12 attention heads over tp = 8 .*use 4"):
         check_divides({"tp": 8, "expert": 1}, needs)
-    with pytest.raises(ConfigError, match="8 experts over expert 6 is 1.33 each; .*4 or 8"):
+    with pytest.raises(ConfigError, match="8 experts over ep .* = 6 is 1.33 each; .*4 or 8"):
         check_divides({"tp": 1, "expert": 6}, needs)
 
 
