@@ -309,7 +309,7 @@ def fill(model: nn.Module, parts: Parts, config: Config, device: torch.device, f
     model.to_empty(device=device)
     tie(tied)
     for buffer in model.buffers():
-        buffer.zero_()
+        buffer.zero_()  # they are counters
     if fresh and config.checkpoint.initial_load_path:
         parts.spec.load_hf(model, config.checkpoint.initial_load_path)
     elif fresh:

@@ -17,7 +17,7 @@ def init_weights(model: nn.Module, seed: int, std: float) -> None:
     """Fill every parameter of `model`: matrices from N(0, std^2), norms with 1, biases with 0.
 
     Numbers are drawn on the CPU in float32, so that they depend on neither device nor dtype. Of a
-    sharded parameter a rank fills its part. Buffers are zeroed (they are counters).
+    sharded parameter a rank fills its part.
     """
     for name, parameter in model.named_parameters():
         part, where = local_part(parameter)
@@ -30,8 +30,6 @@ def init_weights(model: nn.Module, seed: int, std: float) -> None:
                 matrix.copy_(whole[tuple(inside)])
         elif part.numel():
             part.copy_(normal(parameter.shape, std, seed, name)[where])
-    for buffer in model.buffers():
-        buffer.zero_()
 
 
 def normal(shape: torch.Size, std: float, seed: int, name: str) -> Tensor:
