@@ -27,7 +27,7 @@ from titan_vlm import distributed
 from titan_vlm.assembly import Parts, assemble, export
 from titan_vlm.config import Config, config_from_args, config_to_toml, is_same_data
 from titan_vlm.data.chat import Encoder
-from titan_vlm.data.loader import MAX_REASONS, RowLoader, build_loader
+from titan_vlm.data.loader import MAX_REASONS, RowLoader, build_loader, merge_states
 from titan_vlm.data.packing import Counts
 from titan_vlm.data.rows import collate
 from titan_vlm.data.sources.hf import has_split
@@ -86,8 +86,7 @@ def train(config: Config) -> None:
             validate(run, validator, metrics)
         if last or due(run.step, config.checkpoint.every):
             with metrics.pause():
-                state = {"loader": run.loader.state_dict()}
-                run.checkpointer.save(run.step, run.model, run.optimizer, state)
+                save(run)
     run.checkpointer.wait()
     run.loader.close()
     metrics.close()
@@ -102,7 +101,7 @@ def prepare(config: Config) -> "Run":
     device = distributed.start(config.run.device)
     mesh = build_mesh(device.type, degrees, config.parallelism.expert_parallel_over_tp)
     output = Path(config.run.output_dir)
-    open_run_dir(output, config)
+    open_run_dir(output)
 
     checkpointer = Checkpointer(output / "checkpoints", config.checkpoint)
     model = parallelize(build_model(parts, config), mesh, config)
@@ -112,6 +111,7 @@ def prepare(config: Config) -> "Run":
     loader = build_loader(config, parts.tokenizer, parts.images, reader, readers)
     run = Run(config, parts, output, checkpointer, model, optimizer, loader, device, mesh)
     resume(run)
+    write_config(output, config)  # last: a run that is refused must not change the one it met
     return run
 
 
@@ -166,7 +166,7 @@ def global_counts(run: Run, batches: list[Batch]) -> dict[str, float]:
         "positions": sum(b.tokens_BS.numel() for b in batches),
         "samples": sum(b.num_samples for b in batches),
         "images": sum(b.num_images for b in batches),
-        "flops": sum(spec.flops(dims, b.doc_lens, b.grids) for b in batches),
+        "flops": sum(spec.flops(dims, b.sample_lens, b.grids) for b in batches),
     }
     so_far = run.loader.counts.as_list()
     values = torch.tensor([*counts.values(), *so_far], dtype=torch.float64)
@@ -273,18 +273,26 @@ def check_degrees(config: Config, degrees: Mapping[str, int], parts: Parts) -> N
         )
 
 
-def open_run_dir(output: Path, config: Config) -> None:
-    """Make `run.output_dir` and leave the resolved configuration in it."""
+def open_run_dir(output: Path) -> None:
+    """Make `run.output_dir`, and let rank 0 speak for all."""
     if dist.get_rank() == 0:
         try:
             output.mkdir(parents=True, exist_ok=True)
-            (output / "config.toml").write_text(config_to_toml(config))
         except OSError as error:
             raise ConfigError(f"run.output_dir = {output}: {error.strerror}") from error
     logging.basicConfig(
         level=logging.INFO if dist.get_rank() == 0 else logging.WARNING,
         format="%(levelname)s %(message)s",
     )
+
+
+def write_config(output: Path, config: Config) -> None:
+    """Leave the resolved configuration with the run."""
+    if dist.get_rank() == 0:
+        try:
+            (output / "config.toml").write_text(config_to_toml(config))
+        except OSError as error:
+            raise ConfigError(f"run.output_dir = {output}: {error.strerror}") from error
 
 
 def build_model(parts: Parts, config: Config) -> nn.Module:
@@ -342,16 +350,27 @@ def has_held_out_data(config: Config) -> bool:
     return False
 
 
-# ---------------------------------------------------------------------------- resume, export
+# ---------------------------------------------------------------------------- save, resume, export
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint of this step."""
+    loads = {name: load_E.cpu() for name, load_E in run.model.expert_loads().items()}
+    state = {"loader": run.loader.state_dict(), "expert_loads": loads}
+    run.checkpointer.save(run.step, run.model, run.optimizer, state)
 
 
 def resume(run: Run) -> None:
-    """Continue from the newest checkpoint, if there is one."""
+    """Continue from the newest checkpoint, if there is one, whatever mesh has written it."""
     step = run.checkpointer.latest()
     if step is None:
         return
-    state = run.checkpointer.load(step, run.model, run.optimizer)
-    run.loader.load_state_dict(state["loader"])
+    ranks = run.checkpointer.load(step, run.model, run.optimizer)
+    run.loader.load_state_dict(merge_states([rank["loader"] for rank in ranks]))
+    if run.mesh.tokens.get_local_rank() == 0:  # the loads of all are summed when they are reported
+        for name, load_E in run.model.expert_loads().items():
+            for rank in ranks:
+                load_E += rank["expert_loads"].get(name, 0)
     run.step = step
     logger.info("resumed at step %d", step)
 

@@ -1,6 +1,7 @@
 """FSDP2 over dp_shard: the same run on two ranks as on one."""
 
 import io
+import json
 from contextlib import redirect_stderr
 
 import pytest
@@ -31,6 +32,31 @@ def test_a_killed_run_of_two_ranks_resumes_bitwise(world, tmp_path, dtype):
     assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
     resumed, expected = weights(tmp_path / "killed"), weights(tmp_path / "whole")
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("saving", "resuming"),
+    [
+        ((2, {"parallelism__ep": "2"}), (2, {"parallelism__tp": "2"})),
+        ((2, {"parallelism__dp_shard": "2"}), (1, {})),
+        ((1, {}), (4, {"parallelism__dp_shard": "2", "parallelism__ep": "2"})),
+    ],
+)
+def test_a_killed_run_resumes_on_another_mesh(world, tmp_path, saving, resuming):
+    often = EXACT | {"checkpoint__every": "2", "metrics__log_every": "3"}
+    world.run(1, run_small, tmp_path / "one", often)
+    (ranks, axes), (others, other_axes) = saving, resuming
+    world.run(ranks, run_small_killed, tmp_path / "moved", often | axes)
+    assert world.run(others, run_small, tmp_path / "moved", often | other_axes) == [0] * others
+    assert_same_curve(tmp_path / "moved", tmp_path / "one", rel=1e-9)
+    ours, theirs = (expert_figures(tmp_path / name) for name in ("moved", "one"))
+    assert ours == theirs  # of steps before the checkpoint too
+
+
+def expert_figures(output):
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    kinds = [{key: x for key, x in r.items() if key.startswith("experts/")} for r in records]
+    return [figures for figures in kinds if figures]
 
 
 @pytest.mark.parametrize(

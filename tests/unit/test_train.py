@@ -197,8 +197,10 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path, capfd, changes, said):
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, capfd):
     assert run(tmp_path, training__steps="2") == 0
+    before = (tmp_path / "config.toml").read_text()
     assert run(tmp_path, training__steps="4", model__flavor="debug") == 2
     assert "checkpoint of another model" in capfd.readouterr().err
+    assert (tmp_path / "config.toml").read_text() == before
 
 
 def test_a_batch_that_ranks_do_not_divide_is_refused_with_the_nearest():

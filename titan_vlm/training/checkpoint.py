@@ -10,8 +10,9 @@ What a checkpoint holds, by key:
     optimizer.<parameter>.<state>   exp_avg, exp_avg_sq, step
     train.rank<r>                   what rank r alone knows: its random generators, its data loader
 
-Tensors are saved under the parameter's name and read into the shards of whoever asks, so that
-neither the mesh nor the order of parameter groups is part of a checkpoint. Hyper-parameters are
+Tensors are saved under the parameter's name and read into the shards of whoever asks, and every
+rank reads what all ranks knew, so that neither the mesh, nor the number of processes, nor the order
+of parameter groups is part of a checkpoint. Hyper-parameters are
 not in it either: they are the configuration's, and the schedule is a function of the step.
 """
 
@@ -22,6 +23,7 @@ import re
 import shutil
 import sys
 import warnings
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -122,18 +124,24 @@ class Checkpointer:
         """Step of the newest complete checkpoint, or None."""
         return max(self.steps(), default=None)
 
-    def load(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Restore `model`, `optimizer` and the random generators in place; return `train`.
+    def load(
+        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> list[dict[str, Any]]:
+        """Restore `model`, `optimizer` and the random generators in place.
+
+        A rank that did not exist when the checkpoint was written keeps its generators.
+
+        Returns:
+            The `train` of each rank that saved.
 
         Raises:
-            ConfigError: the checkpoint is of another model or another number of processes.
+            ConfigError: the checkpoint is of another model.
         """
         folder = self._folder(step)
         metadata = dcp.FileSystemReader(folder).read_metadata()
         saved = metadata.state_dict_metadata
         model_state = get_model_state_dict(model)
         _check_fit(folder, metadata, {f"model.{name}": x for name, x in model_state.items()})
-        _check_processes(folder, metadata)
         _create_optimizer_state(optimizer)
         optimizer_state = {
             # A parameter that never had a gradient has no state in the checkpoint, nor gets one.
@@ -144,7 +152,7 @@ class Checkpointer:
         state = {
             "model": model_state,
             "optimizer": optimizer_state,
-            "train": {f"rank{self.rank}": b""},
+            "train": {f"rank{rank}": b"" for rank in range(_ranks(saved))},
         }
         # Tensors are filled where they are; the placeholder of `train` is replaced.
         dcp.load(state, checkpoint_id=folder, **self._world)
@@ -152,9 +160,10 @@ class Checkpointer:
             if f"{name}.step" not in optimizer_state:
                 optimizer.state.pop(parameter, None)
         self._latest = step
-        train = _unpack(state["train"][f"rank{self.rank}"])
-        _set_random_state(train["random"])
-        return train["caller"]
+        ranks = [_unpack(packed) for packed in state["train"].values()]
+        if self.rank < len(ranks):
+            _set_random_state(ranks[self.rank]["random"])
+        return [rank["caller"] for rank in ranks]
 
     def _folder(self, step: int) -> Path:
         return self.directory / f"step-{step:06d}"
@@ -209,14 +218,9 @@ def _check_fit(folder: Path, metadata: Metadata, wanted: dict[str, Tensor]) -> N
         )
 
 
-def _check_processes(folder: Path, metadata: Metadata) -> None:
-    saved = sum(name.startswith("train.rank") for name in metadata.state_dict_metadata)
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    if saved != world:
-        raise ConfigError(
-            f"{folder} was written by {saved} processes and this run has {world}; "
-            f"start it with {saved}"
-        )
+def _ranks(saved: Mapping[str, Any]) -> int:
+    """How many processes wrote a checkpoint with these keys."""
+    return sum(name.startswith("train.rank") for name in saved)
 
 
 def _random_state() -> dict[str, Any]:
