@@ -77,7 +77,7 @@ def measure(size: tuple[int, int, int, int], steps: int) -> dict[str, list[float
     distributed.start("cpu")
     group, x_TD, routing = dist.group.WORLD, *make_work(size, "cpu")
     # What the exchange sends, as the bare limit.
-    counts = routing.counts_E().view(dist.get_world_size(), -1).sum(1)
+    counts = routing.counts_E.view(dist.get_world_size(), -1).sum(1)
     arriving = torch.empty_like(counts)
     dist.all_to_all_single(arriving, counts)
     sent, arrived = counts.tolist(), arriving.tolist()

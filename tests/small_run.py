@@ -1,6 +1,7 @@
 """The trainer on a run of seconds, for tests of whole runs."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -45,6 +46,22 @@ def words(output: Path, changes: dict[str, str]) -> list[str]:
     settings = SMALL | {key.replace("__", "."): value for key, value in changes.items()}
     settings["run.output_dir"] = str(output)
     return [word for key, value in settings.items() for word in (f"--{key}", value)]
+
+
+class Silent:
+    """The part of MetricsLogger that a step calls; reports nothing."""
+
+    def waiting_for_data(self):
+        return nullcontext()
+
+    def count(self, **_):
+        pass
+
+    def due(self, step):
+        return False
+
+    def end_step(self, step, **_):
+        pass
 
 
 def run_killed(output: Path, step: int, **changes: str) -> None:

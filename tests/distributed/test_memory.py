@@ -3,7 +3,7 @@
 import pytest
 from torch.distributed.tensor import DTensor
 
-from tests.small_run import small_config
+from tests.small_run import Silent, small_config
 from titan_vlm import train
 
 STEP = {"training__global_batch_size": "4", "schedule__warmup_steps": "0"}
@@ -60,24 +60,6 @@ def bytes_after_a_step(output, changes):
     states = run.optimizer.state.values()
     held["optimizer"] = size(x for state in states for x in state.values())
     return held
-
-
-class Silent:
-    """The part of MetricsLogger that a step calls."""
-
-    def waiting_for_data(self):
-        from contextlib import nullcontext
-
-        return nullcontext()
-
-    def count(self, **_):
-        pass
-
-    def due(self, step):
-        return False
-
-    def end_step(self, step, **_):
-        pass
 
 
 def local(tensor):

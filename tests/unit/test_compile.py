@@ -5,6 +5,10 @@ import torch
 from torch import nn
 
 from titan_vlm.config import ActivationCheckpoint, Compile
+from titan_vlm.models.init import init_weights
+from titan_vlm.models.inputs import Batch
+from titan_vlm.models.qwen3_vl.config import FLAVORS
+from titan_vlm.models.qwen3_vl.model import Qwen3VL
 from titan_vlm.parallel import activation_checkpoint
 from titan_vlm.parallel import compile as compile_blocks
 
@@ -91,6 +95,45 @@ def test_every_block_is_compiled_and_equal_blocks_share_their_graphs(
     x = torch.zeros(5, 6, dtype=torch.float64, requires_grad=True)
     model(x).sum().backward()
     assert len(graphs) == graphs_of_a_block
+
+
+def test_another_number_of_documents_or_frames_compiles_nothing_again():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    model = Qwen3VL(FLAVORS["debug"])
+    init_weights(model, 0, 0.02)
+    compile_blocks.apply(model, Compile(enable=True, backend=backend))
+    compiled = []
+    for doc_lens, grids in (
+        ([64], [(1, 4, 4)]),
+        ([40, 24], [(1, 4, 8)]),  # other sizes: the graphs become dynamic
+        ([10, 20, 34], [(1, 4, 4), (1, 6, 4)]),
+        ([1] * 4 + [60], [(1, 2, 2)] * 5),
+        ([16] * 4, [(1, 4, 4)] * 3),
+        ([8] * 8, [(1, 6, 6)] * 2),
+    ):
+        patches = sum(t * h * w for t, h, w in grids)
+        model(batch_of(doc_lens, grids, torch.randn(patches, 1536))).sum().backward()
+        compiled.append(len(graphs))
+    assert compiled[3:] == [compiled[2]] * 3
+
+
+def batch_of(doc_lens, grids, pixels_NC):
+    length = sum(doc_lens)
+    return Batch(
+        tokens_BS=torch.zeros(1, length, dtype=torch.long),
+        labels_BS=torch.zeros(1, length, dtype=torch.long),
+        positions_3BS=torch.zeros(3, 1, length, dtype=torch.long),
+        valid_BS=torch.ones(1, length, dtype=torch.bool),
+        doc_lens=doc_lens,
+        pixels_NC=pixels_NC,
+        grids=grids,
+        visual_index_M=torch.arange(len(pixels_NC) // 4),
+    )
 
 
 def test_nothing_is_compiled_when_it_is_switched_off():

@@ -51,3 +51,19 @@ def test_documents_and_frames_do_not_attend_to_each_other():
     assert flops(config, [], [(2, 4, 4)]) == 2 * flops(config, [], [(1, 4, 4)])
     assert flops(config, [], [(2, 4, 4)]) < flops(config, [], [(1, 4, 8)])
     assert flops(config, [], []) == 0
+
+
+def test_padding_is_no_document_of_a_sample():
+    valid = torch.ones(2, 8, dtype=torch.bool)
+    valid[0, 6:] = valid[1, :] = False
+    batch = Batch(
+        tokens_BS=torch.zeros(2, 8, dtype=torch.long),
+        labels_BS=torch.zeros(2, 8, dtype=torch.long),
+        positions_3BS=torch.zeros(3, 2, 8, dtype=torch.long),
+        valid_BS=valid,
+        doc_lens=[4, 2, 2, 8],
+        pixels_NC=torch.zeros(0, 12),
+        grids=[],
+        visual_index_M=torch.zeros(0, dtype=torch.long),
+    )
+    assert batch.sample_lens == [4, 2]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from titan_vlm.models.layers.attention import attend
+from titan_vlm.models.layers.attention import Documents, attend
 from titan_vlm.models.layers.rope import interleaved_axes, rotate, text_tables
 
 
@@ -27,7 +27,7 @@ def test_packed_attention_equals_a_dense_mask(doc_lens, causal):
     q = torch.randn(total, 4, 8, dtype=torch.float64, requires_grad=True)
     k = torch.randn(total, 2, 8, dtype=torch.float64, requires_grad=True)
     v = torch.randn(total, 2, 8, dtype=torch.float64, requires_grad=True)
-    out = attend(q, k, v, doc_lens, causal)
+    out = attend(q, k, v, Documents(doc_lens), causal)
     expected = dense_reference(q, k, v, doc_lens, causal)
     torch.testing.assert_close(out, expected)
     ours = torch.autograd.grad(out.sin().sum(), (q, k, v))
@@ -41,7 +41,7 @@ def test_attention_memory_is_that_of_the_documents_not_of_the_row():
 
     q = torch.randn(8192, 1, 16)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        attend(q, q, q, [128] * 64, causal=True)
+        attend(q, q, q, Documents([128] * 64), causal=True)
     largest = max(event.cpu_memory_usage for event in recorded.events())
     assert largest < 8 * 2**20
 

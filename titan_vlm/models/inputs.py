@@ -14,6 +14,7 @@ Two rows of six tokens, `v` a visual token, `.` padding:
 """
 
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -59,6 +60,13 @@ class Batch:
     def num_tokens(self) -> int:
         """Tokens that are no padding, known on the host."""
         return self.valid_index_T.numel()
+
+    @property
+    def sample_lens(self) -> list[int]:
+        """Lengths of the documents that are no padding, on the host."""
+        valid, lens = self.on_host.valid_BS.flatten(), self.doc_lens
+        starts = accumulate(lens, initial=0)
+        return [n for n, start in zip(lens, starts, strict=False) if valid[start]]
 
     @property
     def num_targets(self) -> Tensor:

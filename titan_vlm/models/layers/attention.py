@@ -1,6 +1,6 @@
 """Attention over packed documents, without cross-talk and without an S x S mask.
 
-The tokens of all rows lie flattened behind one another and `doc_lens` says where each document
+The tokens of all rows lie flattened behind one another and `Documents` says where each document
 ends; no token sees another document. This file is the one place that chooses the kernel:
 
 - CUDA in half precision: `varlen_attn`, FlashAttention's variable-length kernel, one launch.
@@ -17,42 +17,59 @@ from torch import Tensor
 # T tokens, H query heads, G key/value heads, C head width
 
 
+class Documents:
+    """Lengths in tokens of the documents, in order.
+
+    A plain object and not the list itself: on a list's length torch.compile would specialise, and
+    compile every block anew for each number of documents.
+    """
+
+    def __init__(self, lens: list[int]):
+        self.lens = lens
+        self._cumulative: Tensor | None = None
+
+    def cumulative(self, device: torch.device) -> Tensor:
+        """int32 ends of the documents, from 0 on; made once for all layers."""
+        if self._cumulative is None:
+            ends = torch.tensor(list(accumulate(self.lens, initial=0)), dtype=torch.int32)
+            self._cumulative = ends.pin_memory().to(device, non_blocking=True)
+        return self._cumulative
+
+
+# Lengths differ from batch to batch: a trace would be specialised to one packing and thrown away.
+@torch.compiler.disable
 def attend(
     q_THC: Tensor,
     k_TGC: Tensor,
     v_TGC: Tensor,
-    doc_lens: list[int],
+    documents: Documents,
     causal: bool,
 ) -> Tensor:
     """Softmax attention within each document; grouped-query when G < H.
 
     Args:
-        doc_lens: lengths in tokens, in order; they sum to T.
+        documents: their lengths sum to T.
         causal: whether a token sees only its own past.
 
     Returns:
         [T, H, C] in the dtype of `q_THC`.
     """
     if q_THC.is_cuda and q_THC.dtype in (torch.bfloat16, torch.float16) and q_THC.numel():
-        return _attend_varlen(q_THC, k_TGC, v_TGC, doc_lens, causal)
-    return _attend_by_document(q_THC, k_TGC, v_TGC, doc_lens, causal)
+        return _attend_varlen(q_THC, k_TGC, v_TGC, documents, causal)
+    return _attend_by_document(q_THC, k_TGC, v_TGC, documents.lens, causal)
 
 
-def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, doc_lens: list[int], causal: bool) -> Tensor:
+def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, causal: bool) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    cumulative = torch.tensor(list(accumulate(doc_lens, initial=0)), dtype=torch.int32)
-    cumulative = cumulative.pin_memory().to(q.device, non_blocking=True)
     repeat = q.shape[1] // k.shape[1]
     if repeat > 1:  # `enable_gqa` is younger than the oldest PyTorch supported
         k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-    longest = max(doc_lens)
+    cumulative, longest = documents.cumulative(q.device), max(documents.lens)
     window = (-1, 0) if causal else (-1, -1)
     return varlen_attn(q, k, v, cumulative, cumulative, longest, longest, window_size=window)
 
 
-# Lengths differ from batch to batch: a trace would be specialised to one packing and thrown away.
-@torch.compiler.disable
 def _attend_by_document(
     q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, doc_lens: list[int], causal: bool
 ) -> Tensor:

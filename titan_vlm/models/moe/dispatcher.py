@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titan_vlm.models.moe.layout import Layout, make_layout
-from titan_vlm.models.moe.routing import Routing
+from titan_vlm.models.moe.routing import Routing, count
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Rows:
 
 def make_rows(source_R: Tensor, rows_P: Tensor, token_ids_P: Tensor, num_tokens: int) -> Rows:
     """`Rows` of T = `num_tokens` tokens."""
-    counts_T = torch.bincount(token_ids_P, minlength=num_tokens)
+    counts_T = count(token_ids_P, num_tokens)
     return Rows(source_R, rows_P, counts_T.cumsum(0) - counts_T)
 
 

@@ -58,7 +58,7 @@ class AllToAllDispatcher:
         rows_P[order_P] = torch.arange(len(order_P), device=order_P.device)
 
         # Who sends how many rows for which expert: E numbers from each rank to all others.
-        counts_rE = routing.counts_E().view(ranks, experts_here)
+        counts_rE = routing.counts_E.view(ranks, experts_here)
         counts_re = torch.empty_like(counts_rE)
         dist.all_to_all_single(counts_re, counts_rE, group=self.group)
         sent, arrived = torch.stack((counts_rE.sum(1), counts_re.sum(1))).tolist()

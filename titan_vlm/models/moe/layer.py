@@ -35,4 +35,4 @@ class MoE(nn.Module):
         # Activation checkpointing runs the forward pass again inside the backward pass; those
         # pairs are counted already. (The test torch.utils.checkpoint itself uses.)
         if self.training and torch._C._current_graph_task_id() == -1:
-            self.load_E += routing.counts_E()
+            self.load_E += routing.counts_E

@@ -50,7 +50,7 @@ class Layout:
 def make_layout(routing: Routing) -> Layout:
     """Lay out the pairs of `routing` for its experts."""
     experts, num_pairs = routing.expert_ids_P, routing.expert_ids_P.numel()
-    counts_E = routing.counts_E()
+    counts_E = routing.counts_E
     padded_E = (counts_E + (ALIGN - 1)) // ALIGN * ALIGN
     group = _uniform_group(padded_E, num_pairs)
     if group is not None:

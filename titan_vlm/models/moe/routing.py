@@ -11,6 +11,7 @@ metrics read nothing else, so they are written once for every way of routing.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -31,6 +32,12 @@ class Routing:
     weights_P: Tensor
     num_experts: int
 
+    @cached_property
     def counts_E(self) -> Tensor:
         """Pairs per expert, int64."""
-        return torch.bincount(self.expert_ids_P, minlength=self.num_experts)
+        return count(self.expert_ids_P, self.num_experts)
+
+
+def count(ids_P: Tensor, num: int) -> Tensor:
+    """How often each of 0 ... num - 1 stands in `ids_P`, int64. (`bincount` waits for a GPU.)"""
+    return ids_P.new_zeros(num).scatter_add_(0, ids_P, torch.ones_like(ids_P))

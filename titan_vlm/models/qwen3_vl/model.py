@@ -30,9 +30,23 @@ class Qwen3VL(nn.Module):
 
     def forward(self, batch: Batch, head: Head = logits) -> Tensor:
         """`head` of the last hidden states; by default logits [B, S, V]."""
+        hidden_BSD, deepstack = self.enter(batch)
+        hidden_BSD = self.decode(hidden_BSD, deepstack, batch)
+        return self.leave(hidden_BSD, head)
+
+    def enter(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        """Hidden states [B, S, D] of words and pictures, and a level [M, D] of vision features for
+        each of the first layers."""
         features_MD, deepstack = self.vision(batch.pixels_NC, batch.grids)
-        hidden_BSD = self.text(batch, features_MD, deepstack)
-        return self.lm_head(hidden_BSD, head)
+        return self.text.embed_tokens(batch, features_MD), deepstack
+
+    def decode(self, hidden_BSD: Tensor, deepstack: list[Tensor], batch: Batch) -> Tensor:
+        """Through the layers."""
+        return self.text.decode(hidden_BSD, deepstack, batch)
+
+    def leave(self, hidden_BSD: Tensor, head: Head) -> Tensor:
+        """From the last layer's hidden states to what `head` makes of them."""
+        return self.lm_head(self.text.norm(hidden_BSD), head)
 
     def blocks(self) -> Iterator[tuple[str, nn.Module]]:
         """The repeated units, in the order they run, with their names."""

@@ -8,7 +8,7 @@ vision features to the visual tokens' hidden states.
 from torch import Tensor, nn
 
 from titan_vlm.models.inputs import Batch
-from titan_vlm.models.layers.attention import attend
+from titan_vlm.models.layers.attention import Documents, attend
 from titan_vlm.models.layers.mlp import SwiGLU
 from titan_vlm.models.layers.rope import rotate, text_tables
 from titan_vlm.models.moe.layer import MoE
@@ -16,7 +16,7 @@ from titan_vlm.models.qwen3_vl.config import TextConfig
 
 
 class TextModel(nn.Module):
-    """Embedding, blocks and final norm."""
+    """Embedding, blocks and final norm; `Qwen3VL` calls its two halves."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -25,16 +25,20 @@ class TextModel(nn.Module):
         self.layers = nn.ModuleDict({str(i): Block(config, i) for i in range(config.num_layers)})
         self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
 
-    def forward(self, batch: Batch, features_MD: Tensor, deepstack: list[Tensor]) -> Tensor:
-        """Hidden states [B, S, D] of the last layer, normed.
+    def embed_tokens(self, batch: Batch, features_MD: Tensor) -> Tensor:
+        """[B, S, D]; `features_MD` stand in for the embeddings of the visual tokens."""
+        x_BSD = self.embed(batch.tokens_BS)
+        x_TD = x_BSD.flatten(0, 1).index_copy(0, batch.visual_index_M, features_MD)
+        return x_TD.view_as(x_BSD)
+
+    def decode(self, x_BSD: Tensor, deepstack: list[Tensor], batch: Batch) -> Tensor:
+        """Hidden states [B, S, D] after the blocks.
 
         Args:
-            features_MD: what stands in for the embeddings of the visual tokens.
             deepstack: [M, D] for each of the first layers.
         """
         config, where_M = self.config, batch.visual_index_M
-        x_BSD = self.embed(batch.tokens_BS)
-        x_BSD = x_BSD.flatten(0, 1).index_copy(0, where_M, features_MD).view_as(x_BSD)
+        documents = Documents(batch.doc_lens)
         cos, sin = text_tables(
             batch.positions_3BS.flatten(1),
             config.head_dim,
@@ -43,11 +47,11 @@ class TextModel(nn.Module):
             x_BSD.dtype,
         )
         for name, block in self.layers.items():
-            x_BSD = block(x_BSD, cos, sin, batch.doc_lens, batch.valid_index_T)
+            x_BSD = block(x_BSD, cos, sin, documents, batch.valid_index_T)
             if int(name) < len(deepstack):
                 x_TD = x_BSD.flatten(0, 1).index_add(0, where_M, deepstack[int(name)])
                 x_BSD = x_TD.view_as(x_BSD)
-        return self.norm(x_BSD)
+        return x_BSD
 
 
 class Block(nn.Module):
@@ -71,10 +75,10 @@ class Block(nn.Module):
         x_BSD: Tensor,
         cos: Tensor,
         sin: Tensor,
-        doc_lens: list[int],
+        documents: Documents,
         valid_index_T: Tensor,
     ) -> Tensor:
-        x_BSD = x_BSD + self.attn(self.attn_norm(x_BSD), cos, sin, doc_lens)
+        x_BSD = x_BSD + self.attn(self.attn_norm(x_BSD), cos, sin, documents)
         normed_BSD = self.mlp_norm(x_BSD)
         if hasattr(self, "moe"):
             out_TD = self.moe(normed_BSD.flatten(0, 1), valid_index_T)
@@ -96,10 +100,10 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps)
         self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps)
 
-    def forward(self, x_BSD: Tensor, cos: Tensor, sin: Tensor, doc_lens: list[int]) -> Tensor:
+    def forward(self, x_BSD: Tensor, cos: Tensor, sin: Tensor, documents: Documents) -> Tensor:
         x_TD = x_BSD.flatten(0, 1)
         heads = (-1, self.head_dim)
         q, k, v = (linear(x_TD).unflatten(-1, heads) for linear in (self.q, self.k, self.v))
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        out = attend(q, k, v, doc_lens, causal=True)
+        out = attend(q, k, v, documents, causal=True)
         return self.o(out.flatten(1)).view_as(x_BSD)

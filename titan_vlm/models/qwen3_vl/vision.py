@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titan_vlm.models.layers.attention import attend
+from titan_vlm.models.layers.attention import Documents, attend
 from titan_vlm.models.layers.mlp import GeluMLP
 from titan_vlm.models.layers.rope import frequencies, rotate
 from titan_vlm.models.qwen3_vl.config import VisionConfig
@@ -49,7 +49,7 @@ class VisionTower(nn.Module):
         x_ND = x_ND + self._positions(geometry, grids, x_ND)
         angles = _gather([g[2] for g in geometry], grids, (0, self.config.head_dim // 2), x_ND)
         cos, sin = angles.cos(), angles.sin()
-        frames = [h * w for t, h, w in grids for _ in range(t)]
+        frames = Documents([h * w for t, h, w in grids for _ in range(t)])
 
         deepstack = []
         for name, block in self.blocks.items():
@@ -115,13 +115,13 @@ class VisionBlock(nn.Module):
         self.attn = VisionAttention(config.hidden_size, config.head_dim)
         self.mlp = GeluMLP(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x_ND: Tensor, cos: Tensor, sin: Tensor, frames: list[int]) -> Tensor:
+    def forward(self, x_ND: Tensor, cos: Tensor, sin: Tensor, frames: Documents) -> Tensor:
         x_ND = x_ND + self.attn(self.norm1(x_ND), cos, sin, frames)
         return x_ND + self.mlp(self.norm2(x_ND))
 
 
 class VisionAttention(nn.Module):
-    """Bidirectional attention with 2D rotary positions. `frames`: patches of each frame."""
+    """Bidirectional attention with 2D rotary positions. `frames`: a document each."""
 
     def __init__(self, width: int, head_dim: int):
         super().__init__()
@@ -131,7 +131,7 @@ class VisionAttention(nn.Module):
         self.v = nn.Linear(width, width)
         self.o = nn.Linear(width, width)
 
-    def forward(self, x_ND: Tensor, cos: Tensor, sin: Tensor, frames: list[int]) -> Tensor:
+    def forward(self, x_ND: Tensor, cos: Tensor, sin: Tensor, frames: Documents) -> Tensor:
         heads = (-1, self.head_dim)
         q, k, v = (linear(x_ND).unflatten(-1, heads) for linear in (self.q, self.k, self.v))
         out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, frames, causal=False)
