@@ -26,13 +26,13 @@ import torch.distributed as dist
 from gloo_world import World
 from PIL import Image
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from titan_vlm import train
 from titan_vlm.assembly import assemble
 from titan_vlm.config import load_config
 from titan_vlm.errors import ConfigError
 from titan_vlm.mesh import resolve_degrees
+from titan_vlm.models.layers.head import whole
 
 LIMITS = {"float64": 1e-9, "float32": 1e-4}
 # Below this a gradient is taken for zero plus roundoff.
@@ -61,7 +61,7 @@ ALL = (
     "tp=2,compile.enable=true,compile.backend=aot_eager",
     "dp_shard=2,ep=2,compile.enable=true,compile.backend=aot_eager",
 )
-AXES = ("dp_replicate", "dp_shard", "ep", "tp")
+AXES = ("pp", "dp_replicate", "dp_shard", "ep", "tp")
 SMALL = {
     "model.flavor": "debug_moe",
     "data.source": "openai",
@@ -115,17 +115,17 @@ def record(words: list[str]) -> Trace:
 
     def keep(*_) -> None:
         gradients = {
-            name: whole(torch.zeros_like(p) if p.grad is None else p.grad)
+            name: torch.zeros_like(p) if p.grad is None else p.grad
             for name, p in run.model.named_parameters()
         }
-        trace.gradients.append(gradients if dist.get_rank() == 0 else {})
+        trace.gradients.append(gathered(run, gradients))
 
     run.optimizer.register_step_pre_hook(keep)
     forward_backward = train.forward_backward
 
-    def count_images(run, batch, targets):
-        trace.images.append(batch.num_images)
-        return forward_backward(run, batch, targets)
+    def count_images(run, batches, targets):
+        trace.images += [batch.num_images for batch in batches]
+        return forward_backward(run, batches, targets)
 
     train.forward_backward = count_images
     try:
@@ -134,15 +134,21 @@ def record(words: list[str]) -> Trace:
     finally:
         train.forward_backward = forward_backward
         run.loader.close()
-    weights = {name: whole(p.detach()) for name, p in run.model.named_parameters()}
-    trace.weights = weights if dist.get_rank() == 0 else {}
+    trace.weights = gathered(run, {n: p.detach() for n, p in run.model.named_parameters()})
     if dist.get_world_size() == 1:
         dist.destroy_process_group()
     return trace
 
 
-def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+def gathered(run: train.Run, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors of all stages, on rank 0."""
+    state = run.pipeline.whole_state(tensors) if run.pipeline else tensors
+    found = {}
+    for name in state:
+        tensor = whole(state[name])
+        if dist.get_rank() == 0:
+            found[name] = tensor.clone()
+    return found
 
 
 # ---------------------------------------------------------------------------- comparing

@@ -169,6 +169,28 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Parallelism:
+    pp: int = setting(1, "Ranks that the layers are split over, in pipeline stages.", at_least=1)
+    pp_schedule: str = setting(
+        "1F1B",
+        "With pp: GPipe, 1F1B, Interleaved1F1B, InterleavedZeroBubble, ZBVZeroBubble, DualPipeV, "
+        "or a .csv file with a row of actions (2F0, 2B0, 2I0, 2W0) for each rank.",
+    )
+    pp_microbatches: int = setting(
+        0,
+        "With pp: micro-batches in flight in one run of the schedule; 0: all of a step. The others "
+        "are accumulated in further runs.",
+        at_least=0,
+    )
+    pp_stages_per_rank: int = setting(
+        0,
+        "With pp: stages on each rank; 0: as the schedule has it (1, interleaved 2).",
+        at_least=0,
+    )
+    pp_split: list[str] = setting(
+        [],
+        "With pp: the first module of every stage but the first, such as text.layers.3 or lm_head. "
+        "Empty: stages of equal cost.",
+    )
     dp_replicate: int = setting(1, "Replicas of each shard of the model (HSDP).", at_least=1)
     dp_shard: int = setting(
         -1, "Ranks a parameter is sharded over (FSDP2), times ep; -1: what remains.", at_least=-1

@@ -60,8 +60,8 @@ def tune_cpu() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
-def sum_over(view: DeviceMesh, value: Tensor) -> Tensor:
-    """The sum of `value` over the ranks of a one-axis mesh, in place."""
-    if view.size() > 1:
+def sum_over(view: DeviceMesh | None, value: Tensor) -> Tensor:
+    """The sum of `value` over the ranks of a one-axis view, in place."""
+    if view is not None and view.size() > 1:
         dist.all_reduce(value, group=view.get_group())
     return value

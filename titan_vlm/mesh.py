@@ -11,6 +11,7 @@ Every process group is a slice of one root mesh, or several of its axes flattene
     tp        tp                                the shards of a matrix product or of a sequence
     expert    ep (or ep and tp)                 the experts of a layer
     efsdp     dp_shard and tp (or dp_shard)     the shards of an expert's parameter
+    pp        pp                                the stages of the model; each has all other views
 
 Eight ranks as dp_shard 2 x ep 2 x tp 2, each named by its number:
 
@@ -38,7 +39,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from titan_vlm.config import Parallelism
 from titan_vlm.errors import ConfigError
 
-AXES = ("dp_replicate", "dp_shard", "ep", "tp")
+AXES = ("pp", "dp_replicate", "dp_shard", "ep", "tp")
 # The settings behind a view, as a message names them.
 NAMES = {"tp": "tp", "expert": "ep (x tp with expert_parallel_over_tp)"}
 
@@ -58,6 +59,10 @@ class Mesh:
     @cached_property
     def tokens(self) -> DeviceMesh:
         return self._flat("tokens", ("dp_replicate", "dp_shard", "ep", "tp"))
+
+    @cached_property
+    def pp(self) -> DeviceMesh | None:
+        return self._flat("pp", ("pp",))
 
     @cached_property
     def tp(self) -> DeviceMesh | None:

@@ -33,15 +33,24 @@ from titan_vlm.data.rows import collate
 from titan_vlm.data.sources.hf import has_split
 from titan_vlm.errors import ConfigError, DataError
 from titan_vlm.evaluation.validate import Result, Validator
-from titan_vlm.mesh import Mesh, build_mesh, check_divides, resolve_degrees
+from titan_vlm.mesh import Mesh, build_mesh, check_divides, resolve_degrees, size
 from titan_vlm.models.init import init_weights
 from titan_vlm.models.inputs import Batch
+from titan_vlm.models.layers.head import Head
+from titan_vlm.models.units import Unit
 from titan_vlm.parallel import activation_checkpoint, compile, expert, fsdp, tensor
 from titan_vlm.parallel.local import tie, tied_parameters
+from titan_vlm.parallel.pipeline import Pipeline
+from titan_vlm.parallel.schedules import (
+    Schedule,
+    refuse_combinations,
+    resolve_schedule,
+    split_stages,
+)
 from titan_vlm.training.checkpoint import Checkpointer
 from titan_vlm.training.loss import chunked_cross_entropy
 from titan_vlm.training.metrics import MetricsLogger
-from titan_vlm.training.optimizer import build_optimizer, clip_grad_norm
+from titan_vlm.training.optimizer import build_optimizer, clip_grad_norm, freeze_parameters
 from titan_vlm.training.schedule import set_learning_rates
 
 logger = logging.getLogger("titan_vlm")
@@ -98,18 +107,28 @@ def prepare(config: Config) -> "Run":
     degrees = resolve_degrees(config.parallelism, distributed.world_size())
     parts = assemble(config)
     check_degrees(config, degrees, parts)
+    schedule = check_pipeline(config, degrees, parts)
     device = distributed.start(config.run.device)
     mesh = build_mesh(device.type, degrees, config.parallelism.expert_parallel_over_tp)
     output = Path(config.run.output_dir)
     open_run_dir(output)
 
     checkpointer = Checkpointer(output / "checkpoints", config.checkpoint)
-    model = parallelize(build_model(parts, config), mesh, config)
+    whole = build_model(parts, config)
+    freeze_parameters(whole, config.training.freeze)
+    if schedule is None:
+        pipeline, model = None, parallelize(whole, mesh, config)
+    else:
+        pipeline = build_pipeline(whole, parts, schedule, mesh, config, device)
+        model = pipeline.model
     fill(model, parts, config, device, fresh=checkpointer.latest() is None)
-    optimizer = build_optimizer(model, config.optimizer, config.training.freeze)
+    optimizer = build_optimizer(model, config.optimizer, whole)
     reader, readers = mesh.batch.get_local_rank(), mesh.batch.size()
     loader = build_loader(config, parts.tokenizer, parts.images, reader, readers)
-    run = Run(config, parts, output, checkpointer, model, optimizer, loader, device, mesh)
+    loads = {name: load_E.shape for name, load_E in whole.expert_loads().items()}
+    run = Run(
+        config, parts, output, checkpointer, model, optimizer, loader, device, mesh, pipeline, loads
+    )
     resume(run)
     write_config(output, config)  # last: a run that is refused must not change the one it met
     return run
@@ -128,6 +147,8 @@ class Run:
     loader: RowLoader
     device: torch.device
     mesh: Mesh
+    pipeline: Pipeline | None  # then `model` has this rank's stages
+    loads: dict[str, torch.Size]  # the MoE layers of all stages, and the shapes of their loads
     step: int = 0
     # Samples left out since the run began, by reason.
     skipped: dict[str, int] = field(default_factory=lambda: {"bad": 0, "dropped": 0, "cut": 0})
@@ -143,14 +164,12 @@ def train_step(run: Run, metrics: MetricsLogger) -> None:
 
     with metrics.waiting_for_data():
         rows = list(islice(run.loader, config.global_batch_size // run.mesh.batch.size()))
-    size = config.micro_batch_size
-    batches = [collate(rows[i : i + size]) for i in range(0, len(rows), size)]
+    micro = config.micro_batch_size
+    batches = [collate(rows[i : i + micro]) for i in range(0, len(rows), micro)]
     counts = global_counts(run, batches)
 
-    # The loss is the mean over the targets of the whole global batch. Every rank and micro-batch
-    # divides its own sum by their number, and gradients are summed, never averaged.
-    loss = sum(forward_backward(run, b.to(run.device), counts["targets"]) for b in batches)
-    norm = clip_grad_norm(run.model.parameters(), config.max_norm)
+    loss = forward_backward(run, batches, counts["targets"])
+    norm = clip_grad_norm(run.model.parameters(), config.max_norm, size(run.mesh.pp))
     run.optimizer.step()
     run.optimizer.zero_grad()
     run.step += 1
@@ -193,16 +212,28 @@ def check_bad(run: Run, total: Counts) -> None:
     )
 
 
-def forward_backward(run: Run, batch: Batch, targets: float) -> Tensor:
-    """This micro-batch's share of the loss; its gradients are added to the parameters'."""
-    head = partial(
-        chunked_cross_entropy,
-        labels_BS=batch.labels_BS,
-        chunk_tokens=run.config.training.loss_chunk_tokens,
-    )
-    loss = run.model(batch, head) / max(targets, 1)
-    loss.backward()
-    return loss.detach()
+def forward_backward(run: Run, batches: list[Batch], targets: float) -> Tensor:
+    """This rank's share of the loss; gradients are added to the parameters'.
+
+    The loss is the mean over the `targets` of the whole global batch. Every rank and micro-batch
+    divides its own sum by their number, and gradients are summed, never averaged.
+    """
+
+    def loss_of(batch: Batch) -> Head:
+        chunk = run.config.training.loss_chunk_tokens
+        return lambda hidden_BSD, weight_VD: (
+            chunked_cross_entropy(hidden_BSD, weight_VD, batch.labels_BS, chunk) / max(targets, 1)
+        )
+
+    if run.pipeline:
+        return run.pipeline.forward_backward(batches, loss_of)
+    total = torch.zeros((), device=run.device)
+    for batch in batches:
+        batch = batch.to(run.device)
+        loss = run.model(batch, loss_of(batch))
+        loss.backward()
+        total = total + loss.detach()
+    return total
 
 
 def report_step(
@@ -215,21 +246,31 @@ def report_step(
 ) -> None:
     """Hand the step's figures to the metrics; between reports nothing here waits for the device."""
     metrics.count(**{name: value for name, value in counts.items() if name != "targets"})
-    loads = {}
-    if metrics.due(run.step):
-        # Along tp, too, every rank has counted other tokens.
-        tokens, loads = run.mesh.tokens, run.model.expert_loads()
-        loads = {name: distributed.sum_over(tokens, load_E) for name, load_E in loads.items()}
+    loads = all_expert_loads(run) if metrics.due(run.step) else {}
+    loss = distributed.sum_over(run.mesh.batch, loss)
     metrics.end_step(
         run.step,
-        loss=distributed.sum_over(run.mesh.batch, loss),
+        loss=distributed.sum_over(run.mesh.pp, loss),  # one stage has it
         grad_norm=norm,
         learning_rates=rates,
         expert_loads=loads,
         skipped=run.skipped,
     )
-    for load_E in loads.values():
+
+
+def all_expert_loads(run: Run) -> dict[str, Tensor]:
+    """For each MoE layer of all stages, pairs per expert since this was last asked for."""
+    here = run.model.expert_loads()
+    if not run.loads:
+        return {}
+    zeros = partial(torch.zeros, dtype=torch.int64, device=run.device)
+    flat = torch.cat([here.get(name, zeros(shape)) for name, shape in run.loads.items()])
+    # Along tp, too, every rank has counted other tokens.
+    flat = distributed.sum_over(run.mesh.pp, distributed.sum_over(run.mesh.tokens, flat))
+    for load_E in here.values():
         load_E.zero_()
+    sizes = [shape.numel() for shape in run.loads.values()]
+    return dict(zip(run.loads, flat.split(sizes), strict=True))
 
 
 def validate(run: Run, validator: Validator, metrics: MetricsLogger) -> Result:
@@ -271,6 +312,27 @@ def check_degrees(config: Config, degrees: Mapping[str, int], parts: Parts) -> N
             f"training.global_batch_size = {rows} is no multiple of {ranks} data-parallel ranks x "
             f"training.micro_batch_size {micro} = {unit}; use {nearest}"
         )
+
+
+def check_pipeline(config: Config, degrees: Mapping[str, int], parts: Parts) -> Schedule | None:
+    """The pipeline's schedule, if there is one, refused with the rest before anything is made.
+
+    Raises:
+        ConfigError: it cannot run, or does not go with something else; says what would.
+    """
+    ranks = prod(degrees[axis] for axis in ("dp_replicate", "dp_shard", "ep"))
+    rows = config.training.global_batch_size // ranks
+    schedule = resolve_schedule(config.parallelism, rows // config.training.micro_batch_size)
+    if schedule is None:
+        return None
+    refuse_combinations(config, schedule, parts.dims.tie_embeddings)
+    stages_of(config, parts, schedule)
+    return schedule
+
+
+def stages_of(config: Config, parts: Parts, schedule: Schedule) -> list[list[Unit]]:
+    units = parts.spec.pipeline_units(parts.dims, config.training.seq_len)
+    return split_stages(units, schedule, config.parallelism.pp_split)
 
 
 def open_run_dir(output: Path) -> None:
@@ -333,6 +395,37 @@ def parallelize(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
     return fsdp.apply(model, mesh, config)
 
 
+def build_pipeline(
+    whole: nn.Module,
+    parts: Parts,
+    schedule: Schedule,
+    mesh: Mesh,
+    config: Config,
+    device: torch.device,
+) -> Pipeline:
+    """This rank's stages of `whole`, each parallelised by itself."""
+    sequence_ranks = size(mesh.tp) if config.parallelism.sequence_parallel else 1
+    width = parts.dims.text.hidden_size
+
+    def hidden_shape(batch: Batch) -> tuple[int, ...]:
+        rows, length = batch.tokens_BS.shape
+        return rows, -(-length // sequence_ranks), width
+
+    dtype = getattr(torch, config.training.dtype)
+    units = stages_of(config, parts, schedule)
+    pipeline = Pipeline(whole, units, schedule, mesh.pp, device, hidden_shape, dtype)
+    for stage in pipeline.stages.values():
+        parallelize(stage, mesh, config)
+    for index, stage in enumerate(units):
+        first, *_, last = [name for unit in stage for name in unit.modules] * 2
+        share = sum(unit.cost for unit in stage) / sum(u.cost for s in units for u in s)
+        rank = schedule.stage_ranks[index]
+        logger.info(
+            "stage %d on pp rank %d: %s ... %s (%.0f %%)", index, rank, first, last, 100 * share
+        )
+    return pipeline
+
+
 def has_held_out_data(config: Config) -> bool:
     """Sources without splits hold data out only where `eval.path` names it; a Hugging Face dataset
     also where it has the split `eval.split`."""
@@ -381,9 +474,10 @@ def export_hf(run: Run) -> None:
     if not config.export_hf:
         return
     directory = run.output / "hf"
+    state = get_model_state_dict(run.model)
     export(
         run.parts,
-        get_model_state_dict(run.model),
+        run.pipeline.whole_state(state) if run.pipeline else state,
         directory,
         config.export_dtype,
         layout=None if config.export_layout == "auto" else config.export_layout,

@@ -22,7 +22,7 @@ from torch import Tensor
 IGNORE_LABEL = -100
 
 
-@dataclass
+@dataclass(repr=False)
 class Batch:
     """A micro-batch of B rows of S tokens.
 
@@ -55,6 +55,10 @@ class Batch:
     def __post_init__(self) -> None:
         if self.valid_index_T is None:
             self.valid_index_T = self.valid_BS.flatten().nonzero().squeeze(-1)
+
+    def __repr__(self) -> str:
+        rows, length = self.tokens_BS.shape
+        return f"Batch({rows} x {length}, {self.num_samples} samples, {self.num_images} images)"
 
     @property
     def num_tokens(self) -> int:

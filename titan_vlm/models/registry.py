@@ -13,6 +13,8 @@ from titan_vlm.models.qwen3_vl import hf as qwen3_vl_hf
 from titan_vlm.models.qwen3_vl.flops import flops as qwen3_vl_flops
 from titan_vlm.models.qwen3_vl.model import Qwen3VL
 from titan_vlm.models.qwen3_vl.plan import divisible as qwen3_vl_divisible
+from titan_vlm.models.qwen3_vl.plan import pipeline_units as qwen3_vl_pipeline_units
+from titan_vlm.models.units import Unit
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class ModelSpec:
     flops: Callable[[Any, list[int], list[tuple[int, int, int]]], float]
     # dimensions -> for each view of the mesh, what it splits and the number that must divide
     divisible: Callable[[Any], dict[str, dict[str, int]]]
+    # (dimensions, tokens of a row) -> what a pipeline may be cut between, with what each costs
+    pipeline_units: Callable[[Any, int], list[Unit]]
     # (model, directory): fill the model from a Hugging Face directory
     load_hf: Callable[[nn.Module, str], None]
     # (state, config, directory, ...): write one; `qwen3_vl/hf.py` names the options
@@ -41,6 +45,7 @@ MODELS = {
         build=Qwen3VL,
         flops=qwen3_vl_flops,
         divisible=qwen3_vl_divisible,
+        pipeline_units=qwen3_vl_pipeline_units,
         load_hf=qwen3_vl_hf.load_hf,
         save_hf=qwen3_vl_hf.save_hf,
     )

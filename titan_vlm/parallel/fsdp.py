@@ -37,11 +37,13 @@ def apply(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
         # The model picks its dtypes itself: rotary angles, for one, stay in float32.
         cast_forward_inputs=False,
     )
+    # A pipeline runs several micro-batches forward before the first comes back.
+    reshard = mesh.pp is None
     for unit in model.modules():
         if isinstance(unit, Experts):
-            _shard(unit, mesh.efsdp, policy)
+            _shard(unit, mesh.efsdp, policy, reshard)
     for unit in model.sharding_units():
-        _shard(unit, mesh.fsdp, policy)
+        _shard(unit, mesh.fsdp, policy, reshard)
     _shard(model, mesh.fsdp, policy, reshard=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -52,9 +54,7 @@ def apply(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
     return model
 
 
-def _shard(
-    unit: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy, reshard: bool = True
-) -> None:
+def _shard(unit: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy, reshard: bool) -> None:
     ranks = mesh.size(-1)
     fully_shard(
         unit,

@@ -24,6 +24,7 @@ is told which positions are this rank's.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -79,8 +80,8 @@ def apply(model: nn.Module, mesh: Mesh, config: Parallelism) -> nn.Module:
         if isinstance(module, MoE):
             _experts(module, split)
     tie(tied)
-    model.register_forward_pre_hook(lambda _, args: (_begin(args[0], split), *args[1:]))
-    if split.sequence:
+    model.register_forward_pre_hook(partial(_begin, split=split), with_kwargs=True)
+    if split.sequence and model.vision is not None:
         model.vision.register_forward_hook(lambda _, args, out: _own_features(out, split))
     return model
 
@@ -88,8 +89,14 @@ def apply(model: nn.Module, mesh: Mesh, config: Parallelism) -> nn.Module:
 # ---------------------------------------------------------------------------- the batch
 
 
-def _begin(batch: Batch, split: Split) -> Batch:
-    """The batch with the positions of this rank."""
+def _begin(_, args: tuple, kwargs: dict, split: Split) -> tuple[tuple, dict]:
+    """The model's arguments, the batch with the positions of this rank."""
+    if "batch" in kwargs:
+        return args, kwargs | {"batch": _own_part(kwargs["batch"], split)}
+    return (_own_part(args[0], split), *args[1:]), kwargs
+
+
+def _own_part(batch: Batch, split: Split) -> Batch:
     split.length = batch.tokens_BS.shape[1]
     ranks, rank = split.group.size(), split.group.rank()
     if not split.sequence:

@@ -95,21 +95,32 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 needs_hidden,
                 needs_weight,
             )
-        ctx.gradients = (grad_hidden, grad_weight)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.upstream = None
         ctx.dtypes = (hidden_BSD.dtype, weight_VD.dtype)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        if ctx.gradients is None:
-            raise RuntimeError("chunked_cross_entropy: backward ran twice; its gradients are gone")
-        # Scaled in place: the weight gradient is as large as the vocabulary matrix.
+        gradients = ctx.saved_tensors
+        if ctx.upstream is None:
+            # Scaled in place: the weight gradient is as large as the vocabulary matrix. As `data`,
+            # or autograd would refuse to hand them out once more.
+            for grad in gradients:
+                if grad is not None:
+                    grad.data.mul_(upstream)
+            ctx.upstream = upstream
+        elif ctx.upstream.data_ptr() != upstream.data_ptr():
+            raise RuntimeError(
+                "chunked_cross_entropy: backward ran twice; its gradients are scaled"
+            )
+        # A pipeline that splits the backward pass asks once for the hidden states' gradient and,
+        # with the same upstream, once for the weight's.
         grads = [
-            None if grad is None else grad.mul_(upstream).to(dtype)
-            for grad, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
+            None if grad is None else grad.to(dtype)
+            for grad, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
-        ctx.gradients = None
         return *grads, None, None, None, None, None
 
 

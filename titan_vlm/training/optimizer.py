@@ -21,25 +21,27 @@ from titan_vlm.errors import ConfigError
 
 
 def build_optimizer(
-    model: nn.Module, config: OptimizerConfig, freeze: Sequence[str] = ()
+    model: nn.Module, config: OptimizerConfig, whole: nn.Module | None = None
 ) -> torch.optim.AdamW:
-    """AdamW over the parameters that `freeze` leaves trainable.
+    """AdamW over the trainable parameters.
 
     One group for each learning rate, with and without weight decay. `group["name"]` is "base" or
     the key of `config.branch_lr`, with "/no_decay" behind it where nothing decays;
     `group["initial_lr"]` is the rate that the schedule scales. Where several keys apply, a pattern
     wins over a branch and a later key over an earlier one.
 
+    Args:
+        whole: the model whose parameters `config.branch_lr` names, where `model` has only some.
+
     Raises:
-        ConfigError: a name in `freeze` or `config.branch_lr` matches nothing.
+        ConfigError: a name in `config.branch_lr` matches nothing.
     """
-    freeze_parameters(model, freeze)
-    lr_key = _learning_rate_keys(model, config.branch_lr)
+    lr_key = _learning_rate_keys(whole or model, config.branch_lr)
     groups: dict[tuple, dict] = {}
     for name, parameter in model.named_parameters():  # a tied parameter comes once
         if not parameter.requires_grad:
             continue
-        key = lr_key.get(parameter, "base")
+        key = lr_key.get(name, "base")
         decays = _decays(name, parameter)
         # One fused kernel cannot update DTensors of several meshes: a group for each mesh.
         mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
@@ -72,14 +74,16 @@ def _decays(name: str, parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and "pos_embed" not in name
 
 
-def _learning_rate_keys(model: nn.Module, branch_lr: dict[str, float]) -> dict[nn.Parameter, str]:
+def _learning_rate_keys(model: nn.Module, branch_lr: dict[str, float]) -> dict[str, str]:
+    """The key in `branch_lr` of each parameter that has one."""
     branches = model.branches()
     by_weight = sorted(branch_lr, key=lambda key: key not in branches)  # stable: patterns last
-    return {
+    keys = {
         parameter: key
         for key in by_weight
         for parameter in match_parameters(model, key, "optimizer.branch_lr").values()
     }
+    return {name: keys[p] for name, p in model.named_parameters() if p in keys}
 
 
 def freeze_parameters(model: nn.Module, patterns: Sequence[str]) -> None:
@@ -118,7 +122,7 @@ def match_parameters(model: nn.Module, pattern: str, setting: str) -> dict[str, 
 
 
 @torch.no_grad()
-def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float, stages: int = 1) -> Tensor:
     """Scale all gradients so that their common norm is at most `max_norm` (0: leave them).
 
     Returns the norm before scaling, as a scalar on the gradients' device: nobody waits for it.
@@ -126,9 +130,14 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     One all-reduce of one number over all ranks: each adds the squares of its shards, divided by
     the number of ranks that hold the same shard. DTensors of different meshes (experts and the
     rest) could not meet in one operation.
+
+    Args:
+        stages: ranks along the pipeline, which hold different parameters.
     """
     by_shards: dict[int, list[Tensor]] = {}
+    dtype, device = torch.float32, torch.device("cpu")
     for parameter in parameters:
+        dtype, device = parameter.dtype, parameter.device
         if (grad := parameter.grad) is not None:
             shards = 1
             if isinstance(grad, DTensor):
@@ -136,13 +145,13 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
                 shards = prod(n for n, placement in sizes if not placement.is_replicate())
                 grad = grad.to_local()
             by_shards.setdefault(shards, []).append(grad)
-    if not by_shards:
-        return torch.zeros(())
     world = dist.get_world_size() if dist.is_initialized() else 1
     squares = [
-        nn.utils.get_total_norm(grads).square() * (shards / world)
+        nn.utils.get_total_norm(grads).square() * (shards * stages / world)
         for shards, grads in by_shards.items()
     ]
+    if not squares:  # a stage of which all is frozen
+        squares = [torch.zeros((), dtype=dtype, device=device)]
     total = torch.stack(squares).sum()
     if world > 1:
         dist.all_reduce(total)

@@ -19,26 +19,37 @@ def flops(config: Qwen3VLConfig, doc_lens: list[int], grids: list[tuple[int, int
         doc_lens: lengths of the documents in tokens; attention does not cross them.
         grids: (t, h, w) in patches of each image or video.
     """
-    text = sum(_document(config.text, length) for length in doc_lens)
-    vision = sum(_visual(config.vision, *grid) for grid in grids)
+    text = sum(document(config.text, length) for length in doc_lens)
+    vision = sum(visual(config.vision, *grid) for grid in grids)
     return float(_FORWARD_AND_BACKWARD * (text + vision))
 
 
-def _document(text: TextConfig, length: int) -> float:
+def document(text: TextConfig, length: int) -> float:
+    """Forward operations of one document through all layers and the head."""
+    return sum(layer(text, i, length) for i in range(text.num_layers)) + head(text, length)
+
+
+def layer(text: TextConfig, index: int, length: int) -> float:
+    """Forward operations of one document through one layer."""
     width, attention = text.hidden_size, text.num_heads * text.head_dim
-    projections = 2 * width * attention + 2 * width * text.num_kv_heads * text.head_dim
-    dense = 3 * width * text.intermediate_size
-    sparse = width * text.num_experts
-    sparse += text.num_experts_per_tok * 3 * width * text.moe_intermediate_size
-    layers = [sparse if text.is_moe_layer(i) else dense for i in range(text.num_layers)]
-    matrices = text.num_layers * projections + sum(layers) + width * text.vocab_size
+    matrices = 2 * width * attention + 2 * width * text.num_kv_heads * text.head_dim
+    if text.is_moe_layer(index):
+        matrices += width * text.num_experts
+        matrices += text.num_experts_per_tok * 3 * width * text.moe_intermediate_size
+    else:
+        matrices += 3 * width * text.intermediate_size
     # Queries with keys, then weights with values: 2 x 2 x S^2 x heads x head_dim; a causal mask
     # halves it.
-    scores = text.num_layers * 4 * length**2 * attention / 2
-    return 2 * matrices * length + scores
+    return 2 * matrices * length + 4 * length**2 * attention / 2
 
 
-def _visual(vision: VisionConfig, frames: int, height: int, width: int) -> float:
+def head(text: TextConfig, length: int) -> float:
+    """Forward operations of the output head."""
+    return 2.0 * text.hidden_size * text.vocab_size * length
+
+
+def visual(vision: VisionConfig, frames: int, height: int, width: int) -> float:
+    """Forward operations of one image or video of `height` x `width` patches."""
     size, per_frame = vision.hidden_size, height * width
     block = 4 * size**2 + 2 * size * vision.intermediate_size
     per_patch = vision.patch_dim * size + vision.depth * block

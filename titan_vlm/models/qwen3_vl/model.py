@@ -16,7 +16,8 @@ class Qwen3VL(nn.Module):
     """The model of the Qwen3-VL technical report (arXiv 2511.21631).
 
     Equal to transformers' `Qwen3VL(Moe)ForConditionalGeneration`, but for the padding and the
-    masks that packed documents make needless.
+    masks that packed documents make needless. A stage of a pipeline is this model with None for
+    the modules that other stages have.
     """
 
     def __init__(self, config: Qwen3VLConfig):
@@ -50,8 +51,9 @@ class Qwen3VL(nn.Module):
 
     def blocks(self) -> Iterator[tuple[str, nn.Module]]:
         """The repeated units, in the order they run, with their names."""
-        for i, block in self.vision.blocks.items():
-            yield f"vision.blocks.{i}", block
+        if self.vision is not None:
+            for i, block in self.vision.blocks.items():
+                yield f"vision.blocks.{i}", block
         for i, block in self.text.layers.items():
             yield f"text.layers.{i}", block
 
@@ -59,14 +61,16 @@ class Qwen3VL(nn.Module):
         """Modules whose parameters are gathered together, inner ones first."""
         for _, block in self.blocks():
             yield block
-        yield self.vision
+        units = [self.vision]
         if not self.config.tie_embeddings:  # a shared parameter must stay in one unit, the root
-            yield self.text.embed
-            yield self.lm_head
+            units += [self.text.embed, self.lm_head]
+        yield from (unit for unit in units if unit is not None)
 
     def tensor_plan(self, ranks: int) -> dict[str, list[str]]:
         """How `ranks` ranks may split each module; `parallel/tensor.py` knows the styles."""
-        return tensor_plan(self.config, ranks)
+        here = dict(self.named_modules())
+        plan = tensor_plan(self.config, ranks)
+        return {style: [name for name in names if name in here] for style, names in plan.items()}
 
     def branches(self) -> dict[str, list[str]]:
         """Parameter names of the parts that are frozen or given a learning rate by name."""

@@ -1,6 +1,11 @@
 """What may be split among how many ranks, said without knowing how."""
 
+from titan_vlm.models.qwen3_vl import flops
 from titan_vlm.models.qwen3_vl.config import Qwen3VLConfig
+from titan_vlm.models.units import Unit
+
+# What a pipeline expects of its rows: half of the tokens are visual, 256 of them a picture.
+_VISUAL_SHARE, _VISUAL_TOKENS = 0.5, 256
 
 
 def divisible(config: Qwen3VLConfig) -> dict[str, dict[str, int]]:
@@ -54,3 +59,20 @@ def tensor_plan(config: Qwen3VLConfig, ranks: int) -> dict[str, list[str]]:
             plan["column"].append(f"{merger}.fc1")
             plan["row"].append(f"{merger}.fc2")
     return plan
+
+
+def pipeline_units(config: Qwen3VLConfig, length: int) -> list[Unit]:
+    """What a pipeline can be cut between, in order; costs are forward operations for a row of
+    `length` tokens."""
+    text, vision = config.text, config.vision
+    side = round(_VISUAL_TOKENS**0.5) * vision.merge_size
+    pictures = _VISUAL_SHARE * length / _VISUAL_TOKENS
+    lookup = 2.0 * text.hidden_size * length
+    enter = pictures * flops.visual(vision, 1, side, side) + lookup
+    levels = len(vision.deepstack_layers)
+    layers = [
+        Unit((f"text.layers.{i}",), flops.layer(text, i, length), max(levels - i, 0))
+        for i in range(text.num_layers)
+    ]
+    leave = Unit(("text.norm", "lm_head"), flops.head(text, length), 0)
+    return [Unit(("vision", "text.embed"), enter, 0), *layers, leave]
