@@ -31,8 +31,8 @@ from titan_vlm import train
 from titan_vlm.assembly import assemble
 from titan_vlm.config import load_config
 from titan_vlm.errors import ConfigError
-from titan_vlm.mesh import resolve_degrees
 from titan_vlm.models.layers.head import whole
+from titan_vlm.parallelize import make_plan
 
 LIMITS = {"float64": 1e-9, "float32": 1e-4}
 # Below this a gradient is taken for zero plus roundoff.
@@ -239,8 +239,7 @@ def small_words(folder: Path) -> list[str]:
 def check(words: list[str], ranks: int) -> None:
     """Refuse a mesh that cannot be before anything runs (ConfigError)."""
     config = load_config(words[0], words[1:])
-    degrees = resolve_degrees(config.parallelism, ranks)
-    train.check_degrees(config, degrees, assemble(config))
+    make_plan(config, assemble(config), ranks)
 
 
 def main(argv: list[str]) -> int:

@@ -10,11 +10,9 @@ A run lives in `run.output_dir`; the same command again resumes it from its newe
 
 import logging
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from math import prod
 from pathlib import Path
 
 import torch
@@ -33,20 +31,13 @@ from titan_vlm.data.rows import collate
 from titan_vlm.data.sources.hf import has_split
 from titan_vlm.errors import ConfigError, DataError
 from titan_vlm.evaluation.validate import Result, Validator
-from titan_vlm.mesh import Mesh, build_mesh, check_divides, resolve_degrees, size
+from titan_vlm.mesh import Mesh, build_mesh, size
 from titan_vlm.models.init import init_weights
 from titan_vlm.models.inputs import Batch
 from titan_vlm.models.layers.head import Head
-from titan_vlm.models.units import Unit
-from titan_vlm.parallel import activation_checkpoint, compile, expert, fsdp, tensor
 from titan_vlm.parallel.local import tie, tied_parameters
 from titan_vlm.parallel.pipeline import Pipeline
-from titan_vlm.parallel.schedules import (
-    Schedule,
-    refuse_combinations,
-    resolve_schedule,
-    split_stages,
-)
+from titan_vlm.parallelize import make_plan, parallelize
 from titan_vlm.training.checkpoint import Checkpointer
 from titan_vlm.training.loss import chunked_cross_entropy
 from titan_vlm.training.metrics import MetricsLogger
@@ -104,23 +95,18 @@ def train(config: Config) -> None:
 
 def prepare(config: Config) -> "Run":
     """Everything that a step needs, new or as the newest checkpoint has it."""
-    degrees = resolve_degrees(config.parallelism, distributed.world_size())
     parts = assemble(config)
-    check_degrees(config, degrees, parts)
-    schedule = check_pipeline(config, degrees, parts)
+    plan = make_plan(config, parts, distributed.world_size())
     device = distributed.start(config.run.device)
-    mesh = build_mesh(device.type, degrees, config.parallelism.expert_parallel_over_tp)
+    mesh = build_mesh(device.type, plan.degrees, config.parallelism.expert_parallel_over_tp)
     output = Path(config.run.output_dir)
     open_run_dir(output)
 
     checkpointer = Checkpointer(output / "checkpoints", config.checkpoint)
     whole = build_model(parts, config)
     freeze_parameters(whole, config.training.freeze)
-    if schedule is None:
-        pipeline, model = None, parallelize(whole, mesh, config)
-    else:
-        pipeline = build_pipeline(whole, parts, schedule, mesh, config, device)
-        model = pipeline.model
+    width = parts.dims.text.hidden_size
+    model, pipeline = parallelize(whole, plan, mesh, config, width, device)
     fill(model, parts, config, device, fresh=checkpointer.latest() is None)
     optimizer = build_optimizer(model, config.optimizer, whole)
     reader, readers = mesh.batch.get_local_rank(), mesh.batch.size()
@@ -290,51 +276,6 @@ def validate(run: Run, validator: Validator, metrics: MetricsLogger) -> Result:
 # ---------------------------------------------------------------------------- setting up
 
 
-def check_degrees(config: Config, degrees: Mapping[str, int], parts: Parts) -> None:
-    """Refuse, before anything is made, degrees that the model or the batch cannot be split by.
-
-    Raises:
-        ConfigError: with the sum and the nearest choices that work.
-    """
-    over_tp = config.parallelism.expert_parallel_over_tp
-    views = {"tp": degrees["tp"], "expert": degrees["ep"] * (degrees["tp"] if over_tp else 1)}
-    check_divides(views, parts.spec.divisible(parts.dims))
-    ranks = prod(degrees[axis] for axis in ("dp_replicate", "dp_shard", "ep"))
-    rows, unit = config.training.global_batch_size, ranks * config.training.micro_batch_size
-    if rows % unit:
-        below, above = rows // unit * unit, (rows // unit + 1) * unit
-        nearest = f"{below} or {above}" if below else str(above)
-        micro, each = config.training.micro_batch_size, rows // ranks
-        if rows % ranks == 0:
-            fits = max(n for n in range(1, each + 1) if each % n == 0 and n <= micro)
-            nearest += f", or training.micro_batch_size = {fits}"
-        raise ConfigError(
-            f"training.global_batch_size = {rows} is no multiple of {ranks} data-parallel ranks x "
-            f"training.micro_batch_size {micro} = {unit}; use {nearest}"
-        )
-
-
-def check_pipeline(config: Config, degrees: Mapping[str, int], parts: Parts) -> Schedule | None:
-    """The pipeline's schedule, if there is one, refused with the rest before anything is made.
-
-    Raises:
-        ConfigError: it cannot run, or does not go with something else; says what would.
-    """
-    ranks = prod(degrees[axis] for axis in ("dp_replicate", "dp_shard", "ep"))
-    rows = config.training.global_batch_size // ranks
-    schedule = resolve_schedule(config.parallelism, rows // config.training.micro_batch_size)
-    if schedule is None:
-        return None
-    refuse_combinations(config, schedule, parts.dims.tie_embeddings)
-    stages_of(config, parts, schedule)
-    return schedule
-
-
-def stages_of(config: Config, parts: Parts, schedule: Schedule) -> list[list[Unit]]:
-    units = parts.spec.pipeline_units(parts.dims, config.training.seq_len)
-    return split_stages(units, schedule, config.parallelism.pp_split)
-
-
 def open_run_dir(output: Path) -> None:
     """Make `run.output_dir`, and let rank 0 speak for all."""
     if dist.get_rank() == 0:
@@ -384,46 +325,6 @@ def fill(model: nn.Module, parts: Parts, config: Config, device: torch.device, f
         parts.spec.load_hf(model, config.checkpoint.initial_load_path)
     elif fresh:
         init_weights(model, config.run.seed, parts.dims.text.initializer_range)
-
-
-def parallelize(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
-    """Each technique takes the model and returns it, from the inside of a block outwards."""
-    model = tensor.apply(model, mesh, config.parallelism)
-    model = expert.apply(model, mesh, config.parallelism)
-    model = compile.apply(model, config.compile)
-    model = activation_checkpoint.apply(model, config.activation_checkpoint)
-    return fsdp.apply(model, mesh, config)
-
-
-def build_pipeline(
-    whole: nn.Module,
-    parts: Parts,
-    schedule: Schedule,
-    mesh: Mesh,
-    config: Config,
-    device: torch.device,
-) -> Pipeline:
-    """This rank's stages of `whole`, each parallelised by itself."""
-    sequence_ranks = size(mesh.tp) if config.parallelism.sequence_parallel else 1
-    width = parts.dims.text.hidden_size
-
-    def hidden_shape(batch: Batch) -> tuple[int, ...]:
-        rows, length = batch.tokens_BS.shape
-        return rows, -(-length // sequence_ranks), width
-
-    dtype = getattr(torch, config.training.dtype)
-    units = stages_of(config, parts, schedule)
-    pipeline = Pipeline(whole, units, schedule, mesh.pp, device, hidden_shape, dtype)
-    for stage in pipeline.stages.values():
-        parallelize(stage, mesh, config)
-    for index, stage in enumerate(units):
-        first, *_, last = [name for unit in stage for name in unit.modules] * 2
-        share = sum(unit.cost for unit in stage) / sum(u.cost for s in units for u in s)
-        rank = schedule.stage_ranks[index]
-        logger.info(
-            "stage %d on pp rank %d: %s ... %s (%.0f %%)", index, rank, first, last, 100 * share
-        )
-    return pipeline
 
 
 def has_held_out_data(config: Config) -> bool:

@@ -13,9 +13,9 @@ import torch.distributed as dist
 
 from tests.small_run import curve, run, run_killed, small_config, weights
 from titan_vlm import train
-from titan_vlm.assembly import assemble
 from titan_vlm.config import load_config
 from titan_vlm.errors import ConfigError
+from titan_vlm.parallelize import count_microbatches
 
 PHOTOGRAPHS = Path(__file__).parents[3] / "shared" / "data" / "cc12m-train-0000.tar"
 
@@ -207,8 +207,8 @@ def test_a_batch_that_ranks_do_not_divide_is_refused_with_the_nearest():
     config = load_config("qwen_vlm_moe.toml", ["--training.micro_batch_size", "2"])
     degrees = {"dp_replicate": 1, "dp_shard": 3, "ep": 1, "tp": 1}
     with pytest.raises(ConfigError, match="use 6 or 12$"):
-        train.check_degrees(config, degrees, assemble(config))
+        count_microbatches(config, degrees)
     config = load_config("qwen_vlm_moe.toml", ["--training.micro_batch_size", "8"])
     degrees["dp_shard"] = 2
     with pytest.raises(ConfigError, match="use 16, or training.micro_batch_size = 4$"):
-        train.check_degrees(config, degrees, assemble(config))
+        count_microbatches(config, degrees)

@@ -64,6 +64,14 @@ def take(module: nn.Module, names: set[str], prefix: str = "") -> nn.Module:
     return part
 
 
+def _with_contiguous_gradient(x: Tensor) -> Tensor:
+    """What is sent must be contiguous, and a gradient may come out of any layout."""
+    x = x.view_as(x)  # the buffer itself is used again and would collect hooks
+    if x.requires_grad:
+        x.register_hook(Tensor.contiguous)
+    return x
+
+
 class Pipeline:
     """The stages of this rank, and the schedule that runs them."""
 
@@ -123,7 +131,7 @@ class Pipeline:
             if index == 0:
                 hidden_BSD, deepstack = stage.enter(batch)
             else:
-                hidden_BSD, *dense = arrived
+                hidden_BSD, *dense = map(_with_contiguous_gradient, arrived)
                 given = [level.flatten(0, 1).index_select(0, where_M) for level in dense]
                 # Levels are counted from the first layer on; the others' are added already.
                 deepstack = [None] * (all_levels - arriving) + given
@@ -135,7 +143,7 @@ class Pipeline:
             dense = [zeros_BSD.index_put(places, x) for x in deepstack[all_levels - leaving :]]
             if hidden_BSD._is_view():  # which a schedule that splits the backward cannot detach
                 hidden_BSD = hidden_BSD.clone()
-            return (hidden_BSD, *dense)
+            return (hidden_BSD.contiguous(), *dense)
 
         def to_device(_, arrived: tuple, given: dict) -> tuple[tuple, dict]:
             return arrived, given | {"batch": given["batch"].to(self.device)}

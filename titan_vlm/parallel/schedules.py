@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from titan_vlm.config import Config, Parallelism
+from titan_vlm.config import Parallelism
 from titan_vlm.errors import ConfigError
 
 
@@ -191,33 +191,6 @@ def _from_csv(config: Parallelism, in_flight: int) -> Schedule:
     splits = any("I" in kinds for kinds in done.values())
     ranks = tuple(owners[stage] for stage in range(len(owners)))
     return Schedule(path.name, ranks, in_flight, splits, path)
-
-
-def refuse_combinations(config: Config, schedule: Schedule, tied: bool) -> None:
-    """Refuse what a pipeline, or one with this schedule, does not go with.
-
-    Raises:
-        ConfigError: names both sides and why.
-    """
-    if tied:
-        raise ConfigError(
-            "[parallelism]: pp with tied embeddings: the one matrix would be on the first and on "
-            "the last stage; use a model that does not tie them, or pp = 1"
-        )
-    if not schedule.splits_backward:
-        return
-    whole = ", ".join(name for name, kind in KINDS.items() if not kind.splits_backward)
-    if config.compile.enable:
-        raise ConfigError(
-            f"{schedule.name} with compile.enable: a compiled block gives the gradients of inputs "
-            f"and weights in one piece, and this schedule wants them apart; use one of {whole}"
-        )
-    if config.activation_checkpoint.mode != "none":
-        raise ConfigError(
-            f'{schedule.name} with activation_checkpoint.mode = "'
-            f'{config.activation_checkpoint.mode}": a block would be run again for each of its '
-            f"weights; use one of {whole}"
-        )
 
 
 # ---------------------------------------------------------------------------- stages
