@@ -40,6 +40,8 @@ def test_a_killed_run_of_two_ranks_resumes_bitwise(world, tmp_path, dtype):
         ((2, {"parallelism__ep": "2"}), (2, {"parallelism__tp": "2"})),
         ((2, {"parallelism__dp_shard": "2"}), (1, {})),
         ((1, {}), (4, {"parallelism__dp_shard": "2", "parallelism__ep": "2"})),
+        ((2, {"parallelism__pp": "2"}), (2, {"parallelism__ep": "2"})),
+        ((2, {"parallelism__tp": "2"}), (2, {"parallelism__pp": "2"})),
     ],
 )
 def test_a_killed_run_resumes_on_another_mesh(world, tmp_path, saving, resuming):

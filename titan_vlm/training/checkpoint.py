@@ -141,7 +141,7 @@ class Checkpointer:
         metadata = dcp.FileSystemReader(folder).read_metadata()
         saved = metadata.state_dict_metadata
         model_state = get_model_state_dict(model)
-        _check_fit(folder, metadata, {f"model.{name}": x for name, x in model_state.items()})
+        _check_fit(folder, metadata, self._of_all_ranks(model_state))
         _create_optimizer_state(optimizer)
         optimizer_state = {
             # A parameter that never had a gradient has no state in the checkpoint, nor gets one.
@@ -164,6 +164,15 @@ class Checkpointer:
         if self.rank < len(ranks):
             _set_random_state(ranks[self.rank]["random"])
         return [rank["caller"] for rank in ranks]
+
+    def _of_all_ranks(self, model_state: dict[str, Tensor]) -> dict[str, "Form"]:
+        """The model's tensors by key; of a pipeline, the stages of all ranks."""
+        forms = {f"model.{name}": (x.shape, x.dtype) for name, x in model_state.items()}
+        if "process_group" not in self._world:
+            return forms
+        gathered: list[dict] = [{}] * dist.get_world_size()
+        dist.all_gather_object(gathered, forms, group=self._world["process_group"])
+        return {name: form for rank in gathered for name, form in rank.items()}
 
     def _folder(self, step: int) -> Path:
         return self.directory / f"step-{step:06d}"
@@ -191,21 +200,24 @@ def _create_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
         group["lr"] = rate
 
 
-def _check_fit(folder: Path, metadata: Metadata, wanted: dict[str, Tensor]) -> None:
+Form = tuple[torch.Size, torch.dtype]
+
+
+def _check_fit(folder: Path, metadata: Metadata, wanted: dict[str, Form]) -> None:
     saved = {
         name: entry
         for name, entry in metadata.state_dict_metadata.items()
         if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
     }
     shapes = [
-        f"{name} is {list(saved[name].size)} there and {list(tensor.shape)} here"
-        for name, tensor in wanted.items()
-        if name in saved and saved[name].size != tensor.shape
+        f"{name} is {list(saved[name].size)} there and {list(shape)} here"
+        for name, (shape, _) in wanted.items()
+        if name in saved and saved[name].size != shape
     ]
     dtypes = [
-        f"{name} is {saved[name].properties.dtype} there and {tensor.dtype} here"
-        for name, tensor in wanted.items()
-        if name in saved and saved[name].properties.dtype != tensor.dtype
+        f"{name} is {saved[name].properties.dtype} there and {dtype} here"
+        for name, (_, dtype) in wanted.items()
+        if name in saved and saved[name].properties.dtype != dtype
     ]
     missing = [f"{name} is not in it" for name in wanted if name not in saved]
     unexpected = [f"{name} is only there" for name in saved if name not in wanted]

@@ -36,15 +36,18 @@ def build_optimizer(
     Raises:
         ConfigError: a name in `config.branch_lr` matches nothing.
     """
-    lr_key = _learning_rate_keys(whole or model, config.branch_lr)
+    whole = model if whole is None else whole
+    here = dict(model.named_parameters())
+    lr_key = _learning_rate_keys(whole, config.branch_lr)
     groups: dict[tuple, dict] = {}
-    for name, parameter in model.named_parameters():  # a tied parameter comes once
+    for name, parameter in whole.named_parameters():  # a tied parameter comes once
         if not parameter.requires_grad:
             continue
         key = lr_key.get(name, "base")
         decays = _decays(name, parameter)
         # One fused kernel cannot update DTensors of several meshes: a group for each mesh.
-        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        mine = here.get(name)
+        mesh = mine.device_mesh if isinstance(mine, DTensor) else None
         lr = config.branch_lr.get(key, config.lr)
         group = groups.setdefault(
             (key, decays, mesh),
@@ -56,7 +59,8 @@ def build_optimizer(
                 "weight_decay": config.weight_decay if decays else 0.0,
             },
         )
-        group["params"].append(parameter)
+        if mine is not None:  # else it is another stage's, and the group may stay empty here
+            group["params"].append(mine)
     devices = {p.device.type for group in groups.values() for p in group["params"]}
     fused = devices <= set(_get_fused_kernels_supported_devices())
     return torch.optim.AdamW(
