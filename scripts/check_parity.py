@@ -37,7 +37,7 @@ from titan_vlm.parallelize import make_plan
 LIMITS = {"float64": 1e-9, "float32": 1e-4}
 # Below this a gradient is taken for zero plus roundoff.
 FLOOR = 1e-6
-QUICK = ("dp_shard=2", "ep=2", "tp=2", "ep=2,tp=2")
+QUICK = ("dp_shard=2", "ep=2", "tp=2", "pp=2", "ep=2,tp=2")
 ALL = (
     *QUICK,
     "dp_replicate=2",
@@ -60,6 +60,31 @@ ALL = (
     "tp=2,activation_checkpoint.mode=selective",
     "tp=2,compile.enable=true,compile.backend=aot_eager",
     "dp_shard=2,ep=2,compile.enable=true,compile.backend=aot_eager",
+    "pp=2,pp_schedule=GPipe",
+    "pp=2,pp_schedule=Interleaved1F1B",
+    "pp=2,pp_schedule=InterleavedZeroBubble",
+    "pp=2,pp_schedule=ZBVZeroBubble",
+    "pp=2,pp_schedule=DualPipeV",
+    "pp=2,pp_schedule=Interleaved1F1B,pp_stages_per_rank=3,pp_microbatches=2",
+    "pp=2,pp_split=text.layers.1",
+    "pp=4",
+    "pp=2,dp_shard=2",
+    "pp=2,tp=2",
+    "pp=2,ep=2",
+    "pp=2,dp_replicate=2",
+    "pp=2,tp=2,sequence_parallel=false,pp_schedule=InterleavedZeroBubble",
+    "pp=2,ep=2,pp_schedule=ZBVZeroBubble",
+    "pp=2,dp_shard=2,training.micro_batch_size=1,pp_schedule=DualPipeV",
+    "pp=2,dp_shard=2,training.micro_batch_size=1,pp_microbatches=2",
+    "pp=2,dp_shard=2,tp=2",
+    "pp=2,ep=2,tp=2",
+    "pp=2,ep=2,tp=2,expert_parallel_over_tp=true,pp_schedule=ZBVZeroBubble",
+    "pp=2,dp_shard=2,ep=2,training.micro_batch_size=1",
+    "pp=2,dp_replicate=2,dp_shard=2,training.micro_batch_size=1,pp_schedule=Interleaved1F1B",
+    "pp=2,tp=2,activation_checkpoint.mode=full",
+    "pp=2,dp_shard=2,activation_checkpoint.mode=selective,pp_schedule=Interleaved1F1B",
+    "pp=2,dp_shard=2,compile.enable=true,compile.backend=aot_eager",
+    "pp=2,dp_shard=2,ep=2,tp=2,training.micro_batch_size=1",
 )
 AXES = ("pp", "dp_replicate", "dp_shard", "ep", "tp")
 SMALL = {

@@ -52,14 +52,14 @@ CONFLICTS = (
     Conflict(
         f"a schedule that splits the backward pass ({SPLIT})",
         "compile.enable",
-        "a compiled block gives the gradients of inputs and weights in one piece",
+        "a compiled backward pass gives all gradients of a block at once, and would run twice",
         f"use one of {WHOLE}",
         lambda case: case.splits_backward and case.config.compile.enable,
     ),
     Conflict(
         f"a schedule that splits the backward pass ({SPLIT})",
         "activation_checkpoint.mode other than none",
-        "a block would be run again for each of its weights",
+        "a block would be run again for each of its weights (and selective allows one pass only)",
         f"use one of {WHOLE}",
         lambda case: case.splits_backward and case.config.activation_checkpoint.mode != "none",
     ),
