@@ -211,6 +211,16 @@ class Parallelism:
 
 
 @dataclass(frozen=True)
+class Comm:
+    timeout_s: float = setting(
+        600.0,
+        "Seconds that a collective waits for a rank, before the run ends and names it.",
+        at_least=1,
+        at_most=604800,
+    )
+
+
+@dataclass(frozen=True)
 class ActivationCheckpoint:
     mode: Literal["none", "full", "selective", "layers"] = setting(
         "none",
@@ -280,6 +290,7 @@ class Config:
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
     parallelism: Parallelism = field(default_factory=Parallelism)
+    comm: Comm = field(default_factory=Comm)
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
     compile: Compile = field(default_factory=Compile)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)

@@ -2,12 +2,15 @@
 
 import logging
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 
+from titan_vlm.config import Comm
 from titan_vlm.errors import ConfigError
 
 # An expert's weights, sharded twice, are gathered in two steps when they are saved: as intended.
@@ -19,11 +22,12 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def start(device: str) -> torch.device:
+def start(device: str, comm: Comm | None = None) -> torch.device:
     """Join the process group that torchrun describes (or a group of one) and pick the device.
 
     Args:
         device: "auto", "cpu" or "cuda" (`run.device`).
+        comm: `[comm]`; None: its defaults.
 
     Returns:
         This rank's device.
@@ -44,8 +48,11 @@ def start(device: str) -> torch.device:
             )
         torch.cuda.set_device(local_rank)
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+    timeout = timedelta(seconds=(comm or Comm()).timeout_s)
+    # Groups made later, of a mesh or for checkpoints, ask for the default, not for their parent's.
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timeout)
     else:  # started without torchrun: a world of one
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return torch.device(kind, local_rank if kind == "cuda" else None)

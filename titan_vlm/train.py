@@ -97,7 +97,7 @@ def prepare(config: Config) -> "Run":
     """Everything that a step needs, new or as the newest checkpoint has it."""
     parts = assemble(config)
     plan = make_plan(config, parts, distributed.world_size())
-    device = distributed.start(config.run.device)
+    device = distributed.start(config.run.device, config.comm)
     mesh = build_mesh(device.type, plan.degrees, config.parallelism.expert_parallel_over_tp)
     output = Path(config.run.output_dir)
     open_run_dir(output)

@@ -56,9 +56,9 @@ class Checkpointer:
         # nobody to talk to, and the threads in which gloo would do it anyway slow every parallel
         # loop after it down (OpenMP stops spinning once there are more threads than cores).
         alone = not dist.is_initialized() or dist.get_world_size() == 1
-        self._world: dict[str, Any] = (
-            {"no_dist": True} if alone else {"process_group": dist.new_group(backend="gloo")}
-        )
+        self._world: dict[str, Any] = {"no_dist": True}
+        if not alone:
+            self._world = {"process_group": dist.new_group(backend="gloo", group_desc="checkpoint")}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
         self._latest: int | None = None  # the step last saved or loaded here
