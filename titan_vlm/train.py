@@ -31,6 +31,7 @@ from titan_vlm.data.rows import collate
 from titan_vlm.data.sources.hf import has_split
 from titan_vlm.errors import ConfigError, DataError
 from titan_vlm.evaluation.validate import Result, Validator
+from titan_vlm.hang import Watch
 from titan_vlm.mesh import Mesh, build_mesh, size
 from titan_vlm.models.init import init_weights
 from titan_vlm.models.inputs import Batch
@@ -50,10 +51,12 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 
 @record  # torchrun shows the traceback of a rank whose output it hides
 def main(argv: list[str]) -> int:
-    """Exit status: 0 when the run is complete, 2 when the user must change something."""
+    """Exit status: 0 when the run is complete, 2 when the user must change something, 1 when a
+    rank did not arrive at a collective."""
     try:
         config = config_from_args(argv)
-        train(config)
+        with Watch(config.comm.timeout_s, Path(config.run.output_dir) / "flight_recorder") as watch:
+            train(config, watch)
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
@@ -63,7 +66,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def train(config: Config) -> None:
+def train(config: Config, watch: Watch) -> None:
     """Train as `config` says, from wherever `run.output_dir` left off."""
     run = prepare(config)
     encoder = Encoder(run.parts.tokenizer, run.parts.images)
@@ -80,6 +83,7 @@ def train(config: Config) -> None:
     if run.step >= config.training.steps:
         logger.info("this run is finished: step %d of %d", run.step, config.training.steps)
     while run.step < config.training.steps:
+        watch.step = run.step + 1
         train_step(run, metrics)
         last = run.step == config.training.steps
         if validator and (last or due(run.step, config.eval.every)):
