@@ -60,6 +60,7 @@ ALL = (
     "tp=2,activation_checkpoint.mode=selective",
     "tp=2,compile.enable=true,compile.backend=aot_eager",
     "dp_shard=2,ep=2,compile.enable=true,compile.backend=aot_eager",
+    "dp_shard=2,ep=2,cpu_offload=true",
     "pp=2,pp_schedule=GPipe",
     "pp=2,pp_schedule=Interleaved1F1B",
     "pp=2,pp_schedule=InterleavedZeroBubble",

@@ -205,6 +205,11 @@ class Parallelism:
     sequence_parallel: bool = setting(
         True, "With tp: between the products each rank holds its part of the sequence only."
     )
+    cpu_offload: bool = setting(
+        False,
+        "Keep parameters, gradients and optimizer state in host memory and update them there; a "
+        "block is on the GPU while it runs.",
+    )
     dispatcher: Literal["all_to_all", "allgather"] = setting(
         "all_to_all", "With experts spread: how tokens reach them; allgather is the reference."
     )

@@ -321,10 +321,11 @@ def fill(model: nn.Module, parts: Parts, config: Config, device: torch.device, f
     """Give this rank's part of the model memory, and its weights: from Hugging Face, from the seed,
     or (not `fresh`) from the checkpoint that is about to be loaded."""
     tied = tied_parameters(model)
-    model.to_empty(device=device)
+    model.to_empty(device="cpu" if config.parallelism.cpu_offload else device)
     tie(tied)
-    for buffer in model.buffers():
-        buffer.zero_()  # they are counters
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = torch.zeros_like(buffer, device=device)  # they are counters
     if fresh and config.checkpoint.initial_load_path:
         parts.spec.load_hf(model, config.checkpoint.initial_load_path)
     elif fresh:

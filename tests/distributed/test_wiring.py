@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 from tests.small_run import Silent, small_config
 from titan_vlm import train
@@ -68,3 +69,36 @@ def compiled_and_recomputed(output, changes):
         text.attend = attention.attend
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     return run.parts.dims.text.num_layers, graphs, len(attended)
+
+
+def test_the_next_block_is_gathered_while_one_runs(world, tmp_path):
+    for events in world.run(2, gathers_and_blocks, tmp_path):
+        at = {event: events.index(event) for event in dict.fromkeys(events)}
+        assert at["gather text.layers.2"] < at["forward text.layers.1"]
+        assert at["gather text.layers.2.moe.experts"] < at["forward text.layers.1"]
+        assert at["gather text.layers.3"] > at["forward text.layers.0"]  # one ahead, not all
+        back = events[at["forward text.layers.3"] :]
+        assert back.index("gather text.layers.1") < back.index("backward text.layers.2")
+
+
+def gathers_and_blocks(output):
+    """What happens in a step: which units are gathered, which blocks are done."""
+    run = train.prepare(small_config(output))
+    names = {module: name for name, module in run.model.named_modules()}
+    events = []
+    unshard = FSDPParamGroup.unshard
+
+    def log(group, async_op=False):
+        if group.is_sharded:
+            events.append(f"gather {names[group.modules[0]]}")
+        return unshard(group, async_op)
+
+    for name, block in run.model.blocks():
+        block.register_forward_hook(lambda *_, name=name: events.append(f"forward {name}"))
+        block.register_full_backward_hook(lambda *_, name=name: events.append(f"backward {name}"))
+    FSDPParamGroup.unshard = log
+    try:
+        train.train_step(run, Silent())
+    finally:
+        FSDPParamGroup.unshard = unshard
+    return events

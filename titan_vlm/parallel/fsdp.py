@@ -5,17 +5,26 @@ a block are a unit of their own: fewer ranks share them (`mesh.efsdp`, the other
 experts), and in an MoE layer the ranks along `tp` hold different tokens, so that reducing over
 `efsdp` sums their gradients as well.
 
+While a block runs, the next one is gathered (in the backward pass the one before), its experts
+with it.
+
 FSDP2 is also what keeps float32 masters beside bf16 compute: parameters live and are updated in
 float32, are gathered in bf16, and their gradients are reduced in float32. That holds on a mesh of
 one rank too.
 """
 
 import warnings
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, Shard
 
 from titan_vlm.config import Config
@@ -28,23 +37,29 @@ warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a vi
 
 def apply(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
     """Shard `model` in place over `mesh` and return it; a no-op where there is nothing to do."""
-    half = config.training.dtype == "bfloat16"
-    if mesh.tokens.size() == 1 and not half:
+    half, offload = config.training.dtype == "bfloat16", config.parallelism.cpu_offload
+    if mesh.tokens.size() == 1 and not half and not offload:
         return model
-    policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if half else None,
-        reduce_dtype=torch.float32 if half else None,
-        # The model picks its dtypes itself: rotary angles, for one, stay in float32.
-        cast_forward_inputs=False,
-    )
+    policies: dict[str, Any] = {
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if half else None,
+            reduce_dtype=torch.float32 if half else None,
+            # The model picks its dtypes itself: rotary angles, for one, stay in float32.
+            cast_forward_inputs=False,
+        )
+    }
+    if offload:
+        policies["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.root.device_type == "cuda")
     # A pipeline runs several micro-batches forward before the first comes back.
     reshard = mesh.pp is None
     for unit in model.modules():
         if isinstance(unit, Experts):
-            _shard(unit, mesh.efsdp, policy, reshard)
+            _shard(unit, mesh.efsdp, policies, reshard)
     for unit in model.sharding_units():
-        _shard(unit, mesh.fsdp, policy, reshard)
-    _shard(model, mesh.fsdp, policy, reshard=False)
+        _shard(unit, mesh.fsdp, policies, reshard)
+    _shard(model, mesh.fsdp, policies, reshard=False)
+    if reshard and mesh.tokens.size() > 1:
+        _prefetch([block for _, block in model.blocks()])
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # The loss is a sum divided by the global number of targets: gradients are summed.
@@ -54,15 +69,25 @@ def apply(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
     return model
 
 
-def _shard(unit: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy, reshard: bool) -> None:
+def _prefetch(blocks: list[nn.Module]) -> None:
+    """Have each block gather what runs after it, in either direction."""
+    units = [[m for m in block.modules() if isinstance(m, FSDPModule)] for block in blocks]
+    for i, block in enumerate(blocks):
+        if i + 1 < len(blocks):
+            block.set_modules_to_forward_prefetch(units[i + 1])
+        if i > 0:
+            block.set_modules_to_backward_prefetch(units[i - 1])
+
+
+def _shard(unit: nn.Module, mesh: DeviceMesh, policies: dict[str, Any], reshard: bool) -> None:
     ranks = mesh.size(-1)
     fully_shard(
         unit,
         mesh=mesh,
-        mp_policy=policy,
         # On one rank there is no memory to win from gathering a second time.
         reshard_after_forward=reshard and ranks > 1,
         shard_placement_fn=lambda parameter: _shard_dimension(parameter, ranks),
+        **policies,
     )
 
 
