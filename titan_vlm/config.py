@@ -205,6 +205,11 @@ class Parallelism:
     sequence_parallel: bool = setting(
         True, "With tp: between the products each rank holds its part of the sequence only."
     )
+    async_tp: bool = setting(
+        False,
+        "With tp and sequence_parallel: overlap each exchange with its product, over symmetric "
+        "memory (on a CPU the same numbers without overlap).",
+    )
     cpu_offload: bool = setting(
         False,
         "Keep parameters, gradients and optimizer state in host memory and update them there; a "

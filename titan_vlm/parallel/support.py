@@ -63,6 +63,23 @@ CONFLICTS = (
         f"use one of {WHOLE}",
         lambda case: case.splits_backward and case.config.activation_checkpoint.mode != "none",
     ),
+    Conflict(
+        f"a schedule that splits the backward pass ({SPLIT})",
+        "parallelism.async_tp",
+        "products and exchanges are one operation there, and would run twice",
+        f"use one of {WHOLE}",
+        lambda case: case.splits_backward and case.config.parallelism.async_tp,
+    ),
+    Conflict(
+        "parallelism.async_tp",
+        "tp = 1 or sequence_parallel = false",
+        "there is no exchange of positions to hide",
+        "set both, or leave async_tp out",
+        lambda case: (
+            case.config.parallelism.async_tp
+            and (case.config.parallelism.tp == 1 or not case.config.parallelism.sequence_parallel)
+        ),
+    ),
 )
 
 

@@ -37,6 +37,7 @@ from titan_vlm.config import Parallelism
 from titan_vlm.mesh import Mesh
 from titan_vlm.models.inputs import Batch
 from titan_vlm.models.moe.layer import MoE
+from titan_vlm.parallel import async_tensor
 from titan_vlm.parallel.local import compute_locally, shard_parameter, tie, tied_parameters
 
 POSITIONS = 1  # the dimension of [B, S, D] that sequence parallelism splits
@@ -73,9 +74,19 @@ def apply(model: nn.Module, mesh: Mesh, config: Parallelism) -> nn.Module:
     split = Split(mesh.tp, mesh.tp.get_group(), config.sequence_parallel)
     modules = dict(model.named_modules())
     tied = tied_parameters(model)
-    for style, names in model.tensor_plan(split.group.size()).items():
+    plan = model.tensor_plan(split.group.size())
+    for style, names in plan.items():
         for name in names:
-            STYLES[style](modules[name], split)
+            if style != "pair" or not config.async_tp:
+                STYLES[style](modules[name], split)
+    if config.async_tp:
+        async_tensor.prepare(mesh.tp)
+        for name in plan["pair"]:
+            columns, (row,) = (
+                [modules[linear] for linear in plan[style] if linear.startswith(f"{name}.")]
+                for style in ("column", "row")
+            )
+            async_tensor.pair(modules[name], columns, row, split.group)
     for module in modules.values():
         if isinstance(module, MoE):
             _experts(module, split)

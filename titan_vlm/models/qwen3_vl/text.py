@@ -106,4 +106,4 @@ class Attention(nn.Module):
         q, k, v = (linear(x_TD).unflatten(-1, heads) for linear in (self.q, self.k, self.v))
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         out = attend(q, k, v, documents, causal=True)
-        return self.o(out.flatten(1)).view_as(x_BSD)
+        return self.o(out.flatten(1)).unflatten(0, x_BSD.shape[:2])
