@@ -1,8 +1,8 @@
 """A whole training step on two processes of one thread each, beside one process of two threads.
 
-The trainer itself (`train.train_step`) on the same rows: dp 2, ep 2, tp 2 and pp 2 against the single
-process, on CPU over gloo, where all share the same two cores. So a ratio of 1 says that splitting
-cost nothing; what is above it are exchanges, waiting for one another, and with pp the bubble.
+The trainer itself (`train.train_step`) on the same rows: dp 2, ep 2, tp 2 and pp 2 against the
+single process, on CPU over gloo, where all share the same two cores. So a ratio of 1 says that
+splitting cost nothing; above it are exchanges, waiting for one another, and with pp the bubble.
 Figures are medians over the steps of the slower rank; the last line is one JSON object.
 """
 

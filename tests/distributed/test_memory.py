@@ -1,10 +1,16 @@
 """What a rank holds falls with the number of ranks, and it never holds more."""
 
+import json
+from dataclasses import replace
+from resource import RUSAGE_SELF, getrusage
+
 import pytest
 from torch.distributed.tensor import DTensor
 
+from scripts.gloo_world import World
 from tests.small_run import Silent, small_config
 from titan_vlm import train
+from titan_vlm.models.qwen3_vl.config import FLAVORS, Qwen3VLConfig, to_hf
 
 STEP = {"training__global_batch_size": "4", "schedule__warmup_steps": "0"}
 
@@ -31,6 +37,32 @@ def test_parameters_gradients_and_optimizer_state_fall_as_one_over_n(
         assert held.keys() == single.keys()
         for kind, size in held.items():
             assert size == pytest.approx(single[kind] / ranks, rel=0.1), kind
+
+
+@pytest.mark.slow
+def test_the_peak_of_starting_up_is_that_of_a_part(tmp_path):
+    """Measured by the kernel, in processes of their own: a rank never holds the whole model."""
+    text = replace(FLAVORS["debug_moe"].text, hidden_size=512, num_experts=64, vocab_size=8192)
+    text = replace(text, moe_intermediate_size=512)
+    vision = replace(FLAVORS["debug_moe"].vision, out_hidden_size=512)
+    (tmp_path / "config.json").write_text(json.dumps(to_hf(Qwen3VLConfig(text, vision))))
+    changes = {"model__flavor": "hf", "model__hf_path": str(tmp_path)}
+    world = World()
+    try:
+        for whole, grown in world.run(2, peak_of_preparing, tmp_path / "run", changes):
+            assert whole > 600e6
+            assert grown < 0.5 * whole + 120e6  # libraries are loaded meanwhile
+    finally:
+        world.close()
+
+
+def peak_of_preparing(output, changes):
+    """Bytes of the whole model, and by how much the peak of resident memory grew."""
+    config = small_config(output, training__global_batch_size="2", **changes)
+    before = getrusage(RUSAGE_SELF).ru_maxrss
+    run = train.prepare(config)
+    grown = (getrusage(RUSAGE_SELF).ru_maxrss - before) * 1024  # KiB
+    return sum(p.numel() * p.element_size() for p in run.model.parameters()), grown
 
 
 def bytes_after_a_step(output, changes):

@@ -1,5 +1,8 @@
 """Parallelism never changes the mathematics: every mesh against the single process, float64."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -13,6 +16,7 @@ from scripts.check_parity import (
     record,
     small_words,
 )
+from titan_vlm.models.qwen3_vl.config import FLAVORS, to_hf
 
 FAST = {
     *QUICK,
@@ -62,7 +66,10 @@ def test_three_accumulated_micro_batches(world, words, tmp_path, mesh):
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["tp=2", "pp=2,dp_shard=2", "pp=2,tp=2,pp_schedule=DualPipeV"])
 def test_the_dense_model(world, words, tmp_path, mesh):
-    words = [*words, "--model.flavor", "debug", "--training.steps", "2"]
+    dims = replace(FLAVORS["debug"], tie_embeddings=False)
+    (tmp_path / "config.json").write_text(json.dumps(to_hf(dims)))
+    words = [*words, "--model.flavor", "hf", "--model.hf_path", str(tmp_path)]
+    words += ["--training.steps", "2"]
     single = record([*words, "--training.dtype", "float64", "--run.output_dir", str(tmp_path)])
     assert_parity(world, words, single, tmp_path / "mesh", mesh, "float64")
 
