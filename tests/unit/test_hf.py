@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import Qwen3VLMoeConfig
 
 from scripts import convert
 from scripts.hf_reference import (
@@ -49,7 +50,7 @@ from titan_vlm.models.qwen3_vl.hf import (
 )
 from titan_vlm.models.qwen3_vl.model import Qwen3VL
 from titan_vlm.models.registry import model_config, model_spec
-from titan_vlm.models.safetensors_io import INDEX, SINGLE
+from titan_vlm.models.safetensors_io import INDEX, SINGLE, new_directory
 from titan_vlm.models.shards import copy_into
 from titan_vlm.training.checkpoint import Checkpointer
 
@@ -171,6 +172,38 @@ def test_flavor_hf_takes_the_dimensions_of_a_directory(tmp_path):
     assert model_config("qwen3_vl", "hf", str(tmp_path)) == config
     with pytest.raises(ConfigError, match="model.hf_path = .*nowhere"):
         model_config("qwen3_vl", "hf", str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"mrope_section": (4, 6, 6)}, r"mrope_section \[4, 6, 6\] cannot be interleaved"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step 0 must be at least 1"),
+        ({"moe_intermediate_size": 0}, "moe_intermediate_size 0 must be at least 1"),
+    ],
+)
+def test_dimensions_that_cannot_be_built_are_refused_by_name(changes, said):
+    debug = FLAVORS["debug_moe"]
+    with pytest.raises(ConfigError, match=said):
+        replace(debug, text=replace(debug.text, **changes))
+
+
+@pytest.mark.parametrize("key", ["mrope_interleaved", "norm_topk_prob"])
+def test_a_checkpoint_that_computes_something_else_is_refused(tmp_path, key):
+    hf = to_hf(tiny_config(moe=True))
+    text = hf["text_config"]
+    (text if key in text else text["rope_parameters"])[key] = False
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    with pytest.raises(ConfigError, match=f"{key} must be true"):
+        model_config("qwen3_vl", "hf", str(tmp_path))
+
+
+def test_the_rotary_base_of_the_vision_tower_survives_and_reaches_transformers():
+    config = tiny_config(moe=True)
+    config = replace(config, vision=replace(config.vision, rope_theta=500.0))
+    assert from_hf(to_hf(config)) == config
+    theirs = Qwen3VLMoeConfig(**to_hf(config)).vision_config
+    assert theirs.rope_parameters["rope_theta"] == 500.0
 
 
 # ------------------------------------------------------------------------------ expert layouts
@@ -452,6 +485,14 @@ def test_an_interrupted_export_leaves_the_older_one(save, tmp_path):
     save(build(model.config, seed=1), max_shard_bytes=100_000)  # replaces it, leaving nothing
     assert not (tmp_path / "saved" / SINGLE).exists()
     assert [p.name for p in tmp_path.iterdir()] == ["saved"]
+
+
+def test_an_export_to_the_current_directory_is_refused_or_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").touch()
+    refused = pytest.raises(ConfigError, match=f"{tmp_path} exists and holds no Hugging Face model")
+    with refused, new_directory("."):
+        pass
 
 
 def test_an_export_never_replaces_other_files(save, tmp_path):

@@ -112,7 +112,7 @@ def new_directory(directory: str | Path) -> Iterator[Path]:
     Raises:
         ConfigError: `directory` is something else than a Hugging Face model directory.
     """
-    final = Path(directory)
+    final = Path(directory).resolve()
     old = final.with_name(final.name + ".old")
     if final.exists() and not (final / "config.json").is_file() and not _is_empty(final):
         raise ConfigError(f"{final} exists and holds no Hugging Face model; choose another name")

@@ -104,6 +104,23 @@ def check(config: Qwen3VLConfig) -> None:
             f"{text.head_dim // 2}",
         ),
         (
+            all(
+                axis + 3 * (text.mrope_section[axis] - 1) < sum(text.mrope_section)
+                for axis in (1, 2)
+            ),
+            f"mrope_section {list(text.mrope_section)} cannot be interleaved t h w t h w ...: "
+            f"height and width have at most every third of {sum(text.mrope_section)} frequencies",
+        ),
+        (
+            text.decoder_sparse_step >= 1,
+            f"decoder_sparse_step {text.decoder_sparse_step} must be at least 1",
+        ),
+        (
+            text.num_experts == 0 or text.moe_intermediate_size >= 1,
+            f"moe_intermediate_size {text.moe_intermediate_size} must be at least 1 with "
+            f"num_experts {text.num_experts}",
+        ),
+        (
             vision.out_hidden_size == text.hidden_size,
             f"vision out_hidden_size {vision.out_hidden_size} differs from the text "
             f"hidden_size {text.hidden_size}",
@@ -272,6 +289,13 @@ def from_hf(hf: dict) -> Qwen3VLConfig:
             "vision hidden_act must be gelu_pytorch_tanh",
         )
         _require(not t.get("attention_dropout"), "attention_dropout must be 0")
+        _require(
+            rope.get("mrope_interleaved", True), "mrope_interleaved must be true, as in Qwen3-VL"
+        )
+        _require(
+            t.get("norm_topk_prob", True),
+            "norm_topk_prob must be true: the weights of a token's experts sum to 1",
+        )
         text = TextConfig(
             vocab_size=t["vocab_size"],
             hidden_size=t["hidden_size"],
@@ -378,6 +402,8 @@ def to_hf(config: Qwen3VLConfig, dtype: str = "bfloat16") -> dict:
         "num_position_embeddings": vision.num_positions,
         "deepstack_visual_indexes": list(vision.deepstack_layers),
     }
+    if vision.rope_theta != VisionConfig.rope_theta:  # the published files leave it out
+        vision_config["rope_parameters"] = {"rope_type": "axial", "rope_theta": vision.rope_theta}
     arch = "Qwen3VLMoeForConditionalGeneration" if moe else "Qwen3VLForConditionalGeneration"
     return {
         "architectures": [arch],
