@@ -95,6 +95,14 @@ def test_a_name_that_matches_nothing_is_refused_with_the_nearest_one():
         build_optimizer(Tiny(), settings(branch_lr={"txt.q.*": 1.0}))
 
 
+@pytest.mark.parametrize("rates", [{"vision": 1e-5}, {"lm_head.*": 1e-5, "lm_head.w*": 1e-4}])
+def test_a_rate_that_nothing_learns_at_is_refused(rates):
+    model = Tiny()
+    freeze_parameters(model, ["vision"])
+    with pytest.raises(ConfigError, match=f"{next(iter(rates))!r} is the rate of no parameter"):
+        build_optimizer(model, settings(branch_lr=rates))
+
+
 def test_freezing_everything_is_refused():
     with pytest.raises(ConfigError, match="freezes every parameter"):
         freeze_parameters(Tiny(), ["vision", "text"])

@@ -34,7 +34,7 @@ def build_optimizer(
         whole: the model whose parameters `config.branch_lr` names, where `model` has only some.
 
     Raises:
-        ConfigError: a name in `config.branch_lr` matches nothing.
+        ConfigError: a name in `config.branch_lr` matches nothing, or nothing that is trained.
     """
     whole = model if whole is None else whole
     here = dict(model.named_parameters())
@@ -61,6 +61,11 @@ def build_optimizer(
         )
         if mine is not None:  # else it is another stage's, and the group may stay empty here
             group["params"].append(mine)
+    if unused := set(config.branch_lr) - {key for key, _, _ in groups}:
+        raise ConfigError(
+            f"optimizer.branch_lr: {min(unused)!r} is the rate of no parameter that is trained "
+            "(training.freeze holds them, or other keys go before it); leave it out"
+        )
     devices = {p.device.type for group in groups.values() for p in group["params"]}
     fused = devices <= set(_get_fused_kernels_supported_devices())
     return torch.optim.AdamW(
