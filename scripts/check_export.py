@@ -73,8 +73,7 @@ def compare(
 ) -> tuple[list[RawSample], list[list[int]], list[list[int]], Parts]:
     """Samples, our tokens and transformers' tokens for each."""
     parts = assemble(config)
-    source = build_held_out(config)
-    chosen = [source[i] for i in range(min(samples, len(source)))]
+    chosen = choose(build_held_out(config), samples)
     prompts = [raw.messages[: last_assistant_turn(raw.messages)] for raw in chosen]
     longest, stop = config.eval.max_new_tokens, parts.tokenizer.eos_token_id
 
@@ -87,6 +86,31 @@ def compare(
     prepare = preparation(directory)
     answers = [generate(theirs, prepare(p), stop, longest) for p in prompts]
     return chosen, ours, answers, parts
+
+
+def choose(source, samples: int) -> list[RawSample]:
+    """The first samples that can be compared: with a question and an answer, and no video.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if samples < 1:
+        raise ConfigError(f"--samples {samples}: expected at least 1")
+    chosen, left_out = [], 0
+    for i in range(len(source)):
+        raw = source[i]
+        kinds = {part["type"] for message in raw.messages for part in parts_of(message)}
+        if last_assistant_turn(raw.messages) and "video" not in kinds:
+            chosen.append(raw)
+        else:
+            left_out += 1
+        if len(chosen) == samples:
+            break
+    if left_out:
+        print(f"{left_out} samples left out: with a video, or without a question and an answer")
+    if not chosen:
+        raise ConfigError("none of the held-out samples can be compared")
+    return chosen
 
 
 def load_theirs(directory: Path) -> torch.nn.Module:

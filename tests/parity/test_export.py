@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from scripts.check_export import compare, load_theirs, random_export, report
+from scripts.check_export import choose, compare, load_theirs, random_export, report
 from titan_vlm.config import load_config
+from titan_vlm.data.sample import RawSample, text_part
 from titan_vlm.errors import ConfigError
 
 SAMPLES = 6
@@ -60,3 +61,17 @@ def test_a_tensor_that_is_absent_is_refused(exported, tmp_path):
 
     with pytest.raises(ConfigError, match="lm_head.weight"):
         load_theirs(change(exported[1], tmp_path / "hf", remove))
+
+
+def test_samples_that_cannot_be_compared_are_left_out_and_counted(capsys):
+    question = {"role": "user", "content": [text_part("Which?")]}
+    film = {"role": "user", "content": [{"type": "video", "video": None}]}
+    answer = {"role": "assistant", "content": [text_part("This.")]}
+    conversations = ([question], [film, answer], [answer], [question, answer])
+    source = [RawSample(str(i), list(turns), str(i)) for i, turns in enumerate(conversations)]
+    assert [raw.id for raw in choose(source, 2)] == ["3"]
+    assert "3 samples left out" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="none of the held-out"):
+        choose(source[:3], 2)
+    with pytest.raises(ConfigError, match="--samples 0: expected at least 1"):
+        choose(source, 0)

@@ -17,9 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Shard
 
+from titan_vlm.models.inputs import IGNORE_LABEL
 from titan_vlm.models.shards import local_part
-
-IGNORE_LABEL = -100
 
 # B rows, S sequence, D width, V vocabulary, T valid tokens, C tokens of one chunk
 
