@@ -88,6 +88,8 @@ ALL = (
     "pp=2,tp=2,activation_checkpoint.mode=full",
     "pp=2,dp_shard=2,activation_checkpoint.mode=selective,pp_schedule=Interleaved1F1B",
     "pp=2,dp_shard=2,compile.enable=true,compile.backend=aot_eager",
+    "tp=2,compile.enable=true",
+    "pp=2,ep=2,compile.enable=true",
     "pp=2,dp_shard=2,ep=2,tp=2,training.micro_batch_size=1",
 )
 AXES = ("pp", "dp_replicate", "dp_shard", "ep", "tp")

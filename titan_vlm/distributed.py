@@ -22,6 +22,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def processes_per_node() -> int:
+    """How many of them run on each node; all where there is no torchrun to say so."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+
+
 def start(device: str, comm: Comm | None = None) -> torch.device:
     """Join the process group that torchrun describes (or a group of one) and pick the device.
 

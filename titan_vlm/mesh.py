@@ -83,6 +83,20 @@ class Mesh:
         axes = ("dp_shard",) if self.expert_parallel_over_tp else ("dp_shard", "tp")
         return self._replicated(self._flat("efsdp", axes))
 
+    def across_nodes(self, per_node: int) -> list[str]:
+        """The views, of those that should stay inside a node, that do not.
+
+        Args:
+            per_node: processes on each node.
+        """
+        views = {"tp": self.tp, "expert": self.expert}
+        inner = {name: view.mesh.tolist() for name, view in views.items() if view is not None}
+        return [
+            f"{name} {ranks}"
+            for name, ranks in inner.items()
+            if len({rank // per_node for rank in ranks}) > 1
+        ]
+
     def _flat(self, name: str, axes: tuple[str, ...]) -> DeviceMesh | None:
         """The axes as one axis; None where none of them is in the mesh."""
         present = tuple(axis for axis in axes if axis in self.root.mesh_dim_names)

@@ -105,6 +105,8 @@ def prepare(config: Config) -> "Run":
     mesh = build_mesh(device.type, plan.degrees, config.parallelism.expert_parallel_over_tp)
     output = Path(config.run.output_dir)
     open_run_dir(output)
+    for group in mesh.across_nodes(distributed.processes_per_node()):
+        logger.info("the group %s crosses nodes: each of its exchanges takes the network", group)
 
     checkpointer = Checkpointer(output / "checkpoints", config.checkpoint)
     whole = build_model(parts, config)

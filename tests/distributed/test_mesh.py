@@ -2,6 +2,7 @@
 
 import pytest
 
+from titan_vlm import distributed
 from titan_vlm.config import Parallelism
 from titan_vlm.errors import ConfigError
 from titan_vlm.mesh import AXES, build_mesh, check_divides, resolve_degrees
@@ -64,9 +65,18 @@ def test_an_unused_axis_is_in_no_mesh(world):
     assert views[1]["efsdp"] == [1]
 
 
-def views_of(degrees, over_tp):
-    from titan_vlm import distributed
+def test_groups_that_cross_nodes_are_named(world):
+    crossing = world.run(8, across_nodes, degrees(ep=4, tp=2))
+    assert crossing[3] == {4: ["expert [1, 3, 5, 7]"], 8: []}
+    assert world.run(4, across_nodes, degrees(pp=2, tp=2))[0] == {4: [], 8: []}
 
+
+def across_nodes(degrees):
+    mesh = build_mesh(distributed.start("cpu").type, degrees, False)
+    return {per_node: mesh.across_nodes(per_node) for per_node in (4, 8)}
+
+
+def views_of(degrees, over_tp):
     mesh = build_mesh(distributed.start("cpu").type, degrees, over_tp)
     names = ("batch", "tokens", "tp", "expert", "fsdp", "efsdp")
     found = {name: getattr(mesh, name) for name in names}
