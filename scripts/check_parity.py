@@ -61,6 +61,8 @@ ALL = (
     "tp=2,compile.enable=true,compile.backend=aot_eager",
     "dp_shard=2,ep=2,compile.enable=true,compile.backend=aot_eager",
     "dp_shard=2,ep=2,cpu_offload=true",
+    "dp_shard=2,ep=2,reshard_after_forward=never",
+    "pp=2,dp_shard=2,reshard_after_forward=always",
     "tp=2,async_tp=true",
     "dp_shard=2,tp=2,async_tp=true,activation_checkpoint.mode=full",
     "pp=2,tp=2,async_tp=true,compile.enable=true,compile.backend=aot_eager",

@@ -205,6 +205,11 @@ class Parallelism:
     sequence_parallel: bool = setting(
         True, "With tp: between the products each rank holds its part of the sequence only."
     )
+    reshard_after_forward: Literal["auto", "always", "never"] = setting(
+        "auto",
+        "Whether a block's gathered parameters are given up between its forward and its backward "
+        "pass; auto: not with pp, whose micro-batches would gather them again and again.",
+    )
     async_tp: bool = setting(
         False,
         "With tp and sequence_parallel: overlap each exchange with its product, over symmetric "

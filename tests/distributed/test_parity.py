@@ -16,7 +16,11 @@ from scripts.check_parity import (
     record,
     small_words,
 )
+from titan_vlm import train
+from titan_vlm.data.rows import collate
+from titan_vlm.models.inputs import IGNORE_LABEL
 from titan_vlm.models.qwen3_vl.config import FLAVORS, to_hf
+from titan_vlm.models.qwen3_vl.plan import tensor_plan
 
 FAST = {
     *QUICK,
@@ -80,6 +84,58 @@ def test_a_frozen_branch(world, words, tmp_path, mesh):
     words = [*words, "--training.freeze", "vision", "--training.steps", "2"]
     single = record([*words, "--training.dtype", "float64", "--run.output_dir", str(tmp_path)])
     assert_parity(world, words, single, tmp_path / "mesh", mesh, "float64")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["tp=2", "pp=2,tp=2,sequence_parallel=false"])
+def test_a_vision_tower_whose_heads_tp_does_not_divide_is_replicated(world, words, tmp_path, mesh):
+    debug = FLAVORS["debug_moe"]
+    dims = replace(debug, vision=replace(debug.vision, num_heads=3))
+    assert not tensor_plan(dims, 2)["pair_of_patches"]
+    (tmp_path / "config.json").write_text(json.dumps(to_hf(dims)))
+    words = [*words, "--model.flavor", "hf", "--model.hf_path", str(tmp_path)]
+    words += ["--training.steps", "2"]
+    single = record([*words, "--training.dtype", "float64", "--run.output_dir", str(tmp_path)])
+    assert_parity(world, words, single, tmp_path / "mesh", mesh, "float64")
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    ["dp_shard=2", *(pytest.param(m, marks=pytest.mark.slow) for m in ("ep=2,tp=2", "pp=2,ep=2"))],
+)
+def test_micro_batches_without_any_token_take_part(world, words, tmp_path, mesh):
+    """Every other row is padding alone: no token, no target, no picture, on some ranks for whole
+    micro-batches."""
+    words = [*words, "--training.micro_batch_size", "1", "--training.steps", "2"]
+    single = record_emptied([*words, "--training.dtype", "float64"], tmp_path / "single")
+    ranks, changes = ranks_and_words(mesh)
+    words += ["--training.dtype", "float64", *changes]
+    trace = world.run(ranks, record_emptied, words, tmp_path / "mesh")[0]
+    errors = compare(trace, single)
+    assert max(errors[kind][0] for kind in judged("float64")) <= LIMITS["float64"], errors
+
+
+def record_emptied(words, output):
+    def emptied(rows):
+        return collate([without_tokens(row) if row.tokens_S.sum() % 2 else row for row in rows])
+
+    train.collate = emptied
+    try:
+        return record([*words, "--run.output_dir", str(output)])
+    finally:
+        train.collate = collate
+
+
+def without_tokens(row):
+    return replace(
+        row,
+        labels_S=torch.full_like(row.labels_S, IGNORE_LABEL),
+        valid_S=torch.zeros_like(row.valid_S),
+        doc_lens=[len(row.tokens_S)],
+        pixels_NC=row.pixels_NC[:0],
+        grids=[],
+        visual_index_M=row.visual_index_M[:0],
+    )
 
 
 def assert_parity(world, words, single, output, mesh, dtype):

@@ -72,7 +72,7 @@ def compiled_and_recomputed(output, changes):
 
 
 def test_the_next_block_is_gathered_while_one_runs(world, tmp_path):
-    for events in world.run(2, gathers_and_blocks, tmp_path):
+    for events in world.run(2, gathers_and_blocks, tmp_path, {}):
         at = {event: events.index(event) for event in dict.fromkeys(events)}
         assert at["gather text.layers.2"] < at["forward text.layers.1"]
         assert at["gather text.layers.2.moe.experts"] < at["forward text.layers.1"]
@@ -81,15 +81,22 @@ def test_the_next_block_is_gathered_while_one_runs(world, tmp_path):
         assert back.index("gather text.layers.1") < back.index("backward text.layers.2")
 
 
-def gathers_and_blocks(output):
+@pytest.mark.parametrize(("wish", "times"), [("auto", 2), ("always", 2), ("never", 1)])
+def test_a_block_is_gathered_again_for_the_backward_pass_or_kept(world, tmp_path, wish, times):
+    changes = {"parallelism__reshard_after_forward": wish, "training__global_batch_size": "2"}
+    for events in world.run(2, gathers_and_blocks, tmp_path, changes):
+        assert events.count("gather text.layers.1") == times
+
+
+def gathers_and_blocks(output, changes):
     """What happens in a step: which units are gathered, which blocks are done."""
-    run = train.prepare(small_config(output))
+    run = train.prepare(small_config(output, **changes))
     names = {module: name for name, module in run.model.named_modules()}
     events = []
     unshard = FSDPParamGroup.unshard
 
     def log(group, async_op=False):
-        if group.is_sharded:
+        if group.is_sharded and group._all_gather_result is None:  # not under way either
             events.append(f"gather {names[group.modules[0]]}")
         return unshard(group, async_op)
 

@@ -50,15 +50,16 @@ def apply(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
     }
     if offload:
         policies["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.root.device_type == "cuda")
+    wish = config.parallelism.reshard_after_forward
     # A pipeline runs several micro-batches forward before the first comes back.
-    reshard = mesh.pp is None
+    reshard = wish == "always" or (wish == "auto" and mesh.pp is None)
     for unit in model.modules():
         if isinstance(unit, Experts):
             _shard(unit, mesh.efsdp, policies, reshard)
     for unit in model.sharding_units():
         _shard(unit, mesh.fsdp, policies, reshard)
     _shard(model, mesh.fsdp, policies, reshard=False)
-    if reshard and mesh.tokens.size() > 1:
+    if mesh.pp is None and mesh.tokens.size() > 1:
         _prefetch([block for _, block in model.blocks()])
     for module in model.modules():
         if isinstance(module, FSDPModule):
