@@ -268,6 +268,7 @@ class WholeState(Mapping):
         if owner == pipeline.rank:
             tensor = self.state[name]
             tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            tensor = tensor.to(pipeline.device)  # parameters may live in host memory
         else:
             shape, dtype = pipeline.shapes[name]
             tensor = torch.empty(shape, dtype=dtype, device=pipeline.device)
