@@ -22,6 +22,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def is_hidden_rank() -> bool:
+    """Whether this is a process of torchrun's whose output is not shown by default."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK") != "0"
+
+
 def processes_per_node() -> int:
     """How many of them run on each node; all where there is no torchrun to say so."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))

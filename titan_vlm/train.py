@@ -10,6 +10,7 @@ A run lives in `run.output_dir`; the same command again resumes it from its newe
 
 import logging
 import sys
+import time
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -46,6 +47,7 @@ from titan_vlm.training.optimizer import build_optimizer, clip_grad_norm, freeze
 from titan_vlm.training.schedule import set_learning_rates
 
 logger = logging.getLogger("titan_vlm")
+REFUSAL_S = 5.0  # how long other ranks leave to the one whose output is seen
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.float32}
 
 
@@ -59,6 +61,8 @@ def main(argv: list[str]) -> int:
             train(config, watch)
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        if distributed.is_hidden_rank():  # torchrun ends all with the first, so let the seen one be
+            time.sleep(REFUSAL_S)
         return 2
     finally:
         if dist.is_initialized():

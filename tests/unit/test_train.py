@@ -212,3 +212,14 @@ def test_a_batch_that_ranks_do_not_divide_is_refused_with_the_nearest():
     degrees["dp_shard"] = 2
     with pytest.raises(ConfigError, match="use 16, or training.micro_batch_size = 4$"):
         count_microbatches(config, degrees)
+
+
+@pytest.mark.parametrize(("rank", "waits"), [("0", []), ("1", [train.REFUSAL_S])])
+def test_a_mistake_is_said_by_the_rank_that_is_seen(tmp_path, monkeypatch, rank, waits):
+    """torchrun kills the others as soon as one ends, and shows the output of rank 0 alone."""
+    slept = []
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setattr(train.time, "sleep", slept.append)
+    assert run(tmp_path, model__flavor="none") == 2
+    assert slept == waits
