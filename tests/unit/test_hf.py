@@ -1,5 +1,6 @@
 """Hugging Face directories: both expert layouts, refusals, exact round trips, streaming."""
 
+import copy
 import json
 import logging
 import subprocess
@@ -177,7 +178,13 @@ def test_flavor_hf_takes_the_dimensions_of_a_directory(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"mrope_section": (4, 6, 6)}, r"mrope_section \[4, 6, 6\] cannot be interleaved"),
+        ({"mrope_section": (4, 6, 6)}, r"mrope_section \[4, 6, 6\] cannot .* e.g. \[6, 5, 5\]"),
+        ({"mrope_section": (16,)}, r"mrope_section \[16\] cannot be interleaved"),
+        ({"mrope_section": (6, 5, 5, 0)}, r"mrope_section \[6, 5, 5, 0\] cannot be interleaved"),
+        ({"mrope_section": (18, -1, -1)}, r"mrope_section \[18, -1, -1\] cannot be interleaved"),
+        ({"mrope_section": (4, 5, 5)}, r"mrope_section .* must sum to head_dim / 2 = 16"),
+        ({"num_kv_heads": 0}, "num_key_value_heads 0"),
+        ({"num_experts_per_tok": 9}, r"num_experts_per_tok 9 must lie in 1..num_experts 8"),
         ({"decoder_sparse_step": 0}, "decoder_sparse_step 0 must be at least 1"),
         ({"moe_intermediate_size": 0}, "moe_intermediate_size 0 must be at least 1"),
     ],
@@ -194,7 +201,7 @@ def test_a_checkpoint_that_computes_something_else_is_refused(tmp_path, key):
     text = hf["text_config"]
     (text if key in text else text["rope_parameters"])[key] = False
     (tmp_path / "config.json").write_text(json.dumps(hf))
-    with pytest.raises(ConfigError, match=f"{key} must be true"):
+    with pytest.raises(ConfigError, match=f"{key} must be true.* choose another checkpoint"):
         model_config("qwen3_vl", "hf", str(tmp_path))
 
 
@@ -204,6 +211,26 @@ def test_the_rotary_base_of_the_vision_tower_survives_and_reaches_transformers()
     assert from_hf(to_hf(config)) == config
     theirs = Qwen3VLMoeConfig(**to_hf(config)).vision_config
     assert theirs.rope_parameters["rope_theta"] == 500.0
+
+
+def test_the_rotary_base_of_the_vision_tower_is_found_wherever_transformers_finds_it():
+    hf = to_hf(tiny_config(moe=True))
+    rope = {"rope_type": "default", "rope_theta": 600.0}
+    for place in ({"rope_theta": 500.0}, {"rope_parameters": rope}):
+        hf["vision_config"] |= place
+        theirs = Qwen3VLMoeConfig(**copy.deepcopy(hf)).vision_config.rope_parameters
+        assert from_hf(hf).vision.rope_theta == theirs["rope_theta"] != 10_000.0
+    rope["rope_type"] = "yarn"
+    with pytest.raises(ConfigError, match="vision rope_type must be axial, got yarn"):
+        from_hf(hf)
+
+
+def test_an_export_says_which_readers_ignore_the_rotary_base_of_the_vision_tower(save, caplog):
+    config = tiny_config(moe=False)
+    save(build(config))
+    assert not caplog.messages
+    directory = save(build(replace(config, vision=replace(config.vision, rope_theta=500.0))))
+    assert [m for m in caplog.messages if f"{directory}: vision rope_theta = 500.0" in m]
 
 
 # ------------------------------------------------------------------------------ expert layouts

@@ -94,22 +94,20 @@ def check(config: Qwen3VLConfig) -> None:
     text, vision = config.text, config.vision
     rules = [
         (
-            text.num_heads % text.num_kv_heads == 0,
+            text.num_kv_heads > 0 and text.num_heads % text.num_kv_heads == 0,
             f"num_attention_heads {text.num_heads} is no multiple of "
             f"num_key_value_heads {text.num_kv_heads}",
         ),
         (
             2 * sum(text.mrope_section) == text.head_dim,
             f"mrope_section {list(text.mrope_section)} must sum to head_dim / 2 = "
-            f"{text.head_dim // 2}",
+            f"{text.head_dim / 2:g}",
         ),
         (
-            all(
-                axis + 3 * (text.mrope_section[axis] - 1) < sum(text.mrope_section)
-                for axis in (1, 2)
-            ),
+            _interleaves(text.mrope_section),
             f"mrope_section {list(text.mrope_section)} cannot be interleaved t h w t h w ...: "
-            f"height and width have at most every third of {sum(text.mrope_section)} frequencies",
+            "expected three numbers, height and width at most every third of "
+            f"{text.head_dim // 2} frequencies, e.g. {_even_sections(text.head_dim // 2)}",
         ),
         (
             text.decoder_sparse_step >= 1,
@@ -126,7 +124,7 @@ def check(config: Qwen3VLConfig) -> None:
             f"hidden_size {text.hidden_size}",
         ),
         (
-            vision.hidden_size % (4 * vision.num_heads) == 0,
+            vision.num_heads > 0 and vision.hidden_size % (4 * vision.num_heads) == 0,
             f"vision hidden_size {vision.hidden_size} must be a multiple of 4 x num_heads "
             f"{vision.num_heads}: rotary positions split a head in four",
         ),
@@ -153,6 +151,18 @@ def check(config: Qwen3VLConfig) -> None:
     for holds, message in rules:
         if not holds:
             raise ConfigError(f"model dimensions: {message}")
+
+
+def _interleaves(sections: tuple[int, ...]) -> bool:
+    """Whether every axis finds as many places in t h w t h w ... t t as its section counts."""
+    if len(sections) != 3 or min(sections) < 0:
+        return False
+    return all(axis + 3 * (sections[axis] - 1) < sum(sections) for axis in (1, 2))
+
+
+def _even_sections(frequencies: int) -> list[int]:
+    third = frequencies // 3
+    return [frequencies - 2 * third, third, third]
 
 
 _VISION_SMALL = VisionConfig(
@@ -282,7 +292,15 @@ def from_hf(hf: dict) -> Qwen3VLConfig:
         }
         rope_type = rope.get("rope_type", "default")
         vision_rope = v.get("rope_parameters") or {}
-        _require(rope_type in ("default", "mrope"), f"rope_type {rope_type!r} is not supported")
+        vision_rope_type = vision_rope.get("rope_type", "axial")
+        _require(
+            rope_type in ("default", "mrope"),
+            f"text rope_type must be default or mrope, got {rope_type}",
+        )
+        _require(
+            vision_rope_type in ("default", "axial"),  # transformers takes the first for the second
+            f"vision rope_type must be axial, got {vision_rope_type}",
+        )
         _require(t.get("hidden_act", "silu") == "silu", "text hidden_act must be silu")
         _require(
             v.get("hidden_act", "gelu_pytorch_tanh") == "gelu_pytorch_tanh",
@@ -328,7 +346,9 @@ def from_hf(hf: dict) -> Qwen3VLConfig:
             out_hidden_size=v["out_hidden_size"],
             num_positions=v["num_position_embeddings"],
             deepstack_layers=tuple(v["deepstack_visual_indexes"]),
-            rope_theta=float(vision_rope.get("rope_theta", 10_000.0)),
+            rope_theta=float(
+                vision_rope.get("rope_theta") or v.get("rope_theta") or VisionConfig.rope_theta
+            ),
         )
     except KeyError as error:
         raise ConfigError(f"config.json: key {error} is missing") from error
@@ -345,7 +365,9 @@ def from_hf(hf: dict) -> Qwen3VLConfig:
 
 def _require(holds: bool, message: str) -> None:
     if not holds:
-        raise ConfigError(f"config.json: {message}")
+        raise ConfigError(
+            f"config.json: {message}; this model computes nothing else: choose another checkpoint"
+        )
 
 
 def to_hf(config: Qwen3VLConfig, dtype: str = "bfloat16") -> dict:

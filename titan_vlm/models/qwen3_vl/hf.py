@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from titan_vlm.errors import ConfigError
-from titan_vlm.models.qwen3_vl.config import Qwen3VLConfig, from_hf, to_hf
+from titan_vlm.models.qwen3_vl.config import Qwen3VLConfig, VisionConfig, from_hf, to_hf
 from titan_vlm.models.qwen3_vl.model import Qwen3VL
 from titan_vlm.models.safetensors_io import (
     TensorInfo,
@@ -323,6 +323,14 @@ def save_hf(
         "generation_config.json": _generation_config(tokenizer),
         **processor_configs,
     }
+    if config.vision.rope_theta != VisionConfig.rope_theta:
+        logger.warning(
+            "%s: vision rope_theta = %s is in config.json, but transformers 4 and vLLM compute "
+            "with %s whatever it says",
+            directory,
+            config.vision.rope_theta,
+            VisionConfig.rope_theta,
+        )
     with new_directory(directory) as folder:
         for name, content in files.items():
             (folder / name).write_text(json.dumps(content, indent=2) + "\n")
