@@ -514,12 +514,20 @@ def test_an_interrupted_export_leaves_the_older_one(save, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["saved"]
 
 
-def test_an_export_to_the_current_directory_is_refused_or_made(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "notes.txt").touch()
-    refused = pytest.raises(ConfigError, match=f"{tmp_path} exists and holds no Hugging Face model")
-    with refused, new_directory("."):
-        pass
+def test_a_directory_without_a_name_of_its_own_is_refused_or_made(tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    for path, full in ((".", here), ("/", Path("/"))):
+        (here / "notes.txt").touch()
+        refused = pytest.raises(ConfigError, match=f"{full} exists and holds no Hugging Face model")
+        with refused, new_directory(path):
+            pass
+    (here / "notes.txt").unlink()
+    with new_directory(".") as folder:
+        (folder / "config.json").touch()
+    assert [p.name for p in here.iterdir()] == ["config.json"]
+    assert list(tmp_path.iterdir()) == [here]
 
 
 def test_an_export_never_replaces_other_files(save, tmp_path):

@@ -112,11 +112,10 @@ def new_directory(directory: str | Path) -> Iterator[Path]:
     Raises:
         ConfigError: `directory` is something else than a Hugging Face model directory.
     """
-    final = Path(directory).resolve()
-    old = final.with_name(final.name + ".old")
+    final = Path(directory).resolve()  # "." has no name to put ".tmp" behind
     if final.exists() and not (final / "config.json").is_file() and not _is_empty(final):
         raise ConfigError(f"{final} exists and holds no Hugging Face model; choose another name")
-    temporary = final.with_name(final.name + ".tmp")
+    temporary, old = (final.with_name(final.name + end) for end in (".tmp", ".old"))
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
