@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from tests.small_run import curve, run, run_killed, small_config, weights
 from titan_vlm import train
+from titan_vlm.assembly import assemble, export
 from titan_vlm.config import load_config
 from titan_vlm.errors import ConfigError
 from titan_vlm.parallelize import count_microbatches
@@ -53,6 +54,25 @@ def test_accumulation_does_not_change_the_mathematics(tmp_path):
     assert run(tmp_path / "one", **one, training__micro_batch_size="4") == 0
     for ours, theirs in zip(curve(tmp_path / "four"), curve(tmp_path / "one"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-9)
+
+
+def test_the_log_says_where_the_weights_come_from(tmp_path, caplog):
+    config = small_config(tmp_path, run__seed="3")
+    parts = assemble(config)
+
+    def told(config, fresh=True):
+        caplog.clear()
+        model = train.build_model(parts, config)
+        with caplog.at_level("INFO"):
+            train.fill(model, parts, config, torch.device("cpu"), fresh)
+        return model, [line for line in caplog.messages if line.startswith("weights:")]
+
+    model, lines = told(config)
+    assert lines == ["weights: random, seed 3"]
+    export(parts, model.state_dict(), tmp_path / "hf", "float32")
+    start = small_config(tmp_path, checkpoint__initial_load_path=str(tmp_path / "hf"))
+    assert told(start)[1] == [f"weights: from {tmp_path / 'hf'}"]
+    assert told(start, fresh=False)[1] == []  # they are about to come from a checkpoint
 
 
 def test_a_frozen_branch_stays_and_the_others_learn(tmp_path):
