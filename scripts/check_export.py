@@ -7,6 +7,7 @@ trainer's own data code; transformers' side renders the exported chat template a
 pictures with transformers' processor from the exported files (the whole processor where
 torchvision is installed, which its video part needs; else the tokenizer and the image processor).
 The generated token ids must be the same for every sample, and every tensor must have been loaded.
+Samples with a video, or without a question and an answer, are left out and counted.
 `--quick` without a run makes a tiny export of random weights first. Exit status 0 only where all
 agree, 2 where something must be changed to run it; the last line is one JSON object.
 """
@@ -15,6 +16,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -96,18 +98,20 @@ def choose(source, samples: int) -> list[RawSample]:
     """
     if samples < 1:
         raise ConfigError(f"--samples {samples}: expected at least 1")
-    chosen, left_out = [], 0
+    chosen, left_out = [], Counter()
     for i in range(len(source)):
         raw = source[i]
         kinds = {part["type"] for message in raw.messages for part in parts_of(message)}
-        if last_assistant_turn(raw.messages) and "video" not in kinds:
-            chosen.append(raw)
+        if not last_assistant_turn(raw.messages):
+            left_out["without a question and an answer"] += 1
+        elif "video" in kinds:
+            left_out["with a video"] += 1
         else:
-            left_out += 1
+            chosen.append(raw)
         if len(chosen) == samples:
             break
-    if left_out:
-        print(f"{left_out} samples left out: with a video, or without a question and an answer")
+    for reason, count in left_out.items():
+        print(f"samples left out, {reason}: {count}")
     if not chosen:
         raise ConfigError("none of the held-out samples can be compared")
     return chosen

@@ -67,10 +67,12 @@ def test_samples_that_cannot_be_compared_are_left_out_and_counted(capsys):
     question = {"role": "user", "content": [text_part("Which?")]}
     film = {"role": "user", "content": [{"type": "video", "video": None}]}
     answer = {"role": "assistant", "content": [text_part("This.")]}
-    conversations = ([question], [film, answer], [answer], [question, answer])
+    conversations = ([question], [film, answer], [answer], [question, answer], [film, answer])
     source = [RawSample(str(i), list(turns), str(i)) for i, turns in enumerate(conversations)]
     assert [raw.id for raw in choose(source, 2)] == ["3"]
-    assert "3 samples left out" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "without a question and an answer: 2\n" in told
+    assert "with a video: 2\n" in told
     with pytest.raises(ConfigError, match="none of the held-out"):
         choose(source[:3], 2)
     with pytest.raises(ConfigError, match="--samples 0: expected at least 1"):
