@@ -115,11 +115,6 @@ class Pipeline:
         self.model = take(model, set.union(*(names[i] for i in mine)))
         self.model.forward = self.evaluate
 
-    @property
-    def has_first(self) -> bool:
-        """Whether the vision tower is here."""
-        return 0 in self.stages
-
     def _stage(self, stage: nn.Module, index: int) -> nn.Module:
         """Let the part of a model take and give what goes from stage to stage."""
         last = len(self.schedule.stage_ranks) - 1
@@ -146,7 +141,10 @@ class Pipeline:
             return (hidden_BSD.contiguous(), *dense)
 
         def to_device(_, arrived: tuple, given: dict) -> tuple[tuple, dict]:
-            return arrived, given | {"batch": given["batch"].to(self.device)}
+            batch = given["batch"]
+            if index > 0:
+                batch = replace(batch, pixels_NC=batch.pixels_NC[:0])
+            return arrived, given | {"batch": batch.to(self.device)}
 
         # Micro-batches in flight wait on the host; before anything else looks at one, it moves.
         stage.register_forward_pre_hook(to_device, with_kwargs=True)
@@ -170,18 +168,12 @@ class Pipeline:
             # have different numbers of documents, pictures and patches.
             self.runner._step_microbatches(
                 [()] * count,
-                [
-                    {"batch": self._pixels_where_seen(batch), "loss_of": loss_of}
-                    for batch in batches[start : start + count]
-                ],
+                [{"batch": b, "loss_of": loss_of} for b in batches[start : start + count]],
                 [None] * count,
                 losses,
             )
             total = sum((loss.detach() for loss in losses), total)
         return total
-
-    def _pixels_where_seen(self, batch: Batch) -> Batch:
-        return batch if self.has_first else replace(batch, pixels_NC=batch.pixels_NC[:0])
 
     def _make_runner(self, shape: tuple[int, ...]):
         last = len(self.schedule.stage_ranks) - 1
