@@ -26,6 +26,7 @@ import torch.distributed as dist
 from gloo_world import World
 from PIL import Image
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from titan_vlm import train
 from titan_vlm.assembly import assemble
@@ -122,8 +123,10 @@ class Trace:
     norms: list[float] = field(default_factory=list)
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
+    buffers: dict[str, Tensor] = field(default_factory=dict)  # of routers: biases, averages
     images: list[int] = field(default_factory=list)  # of each micro-batch of rank 0's
     loads: list[dict[str, list[int]]] = field(default_factory=list)  # pairs of each expert
+    routing: list[dict[str, float]] = field(default_factory=list)  # whatever else layers report
 
     # The part of MetricsLogger that a step calls.
     def waiting_for_data(self):
@@ -135,10 +138,12 @@ class Trace:
     def due(self, step: int) -> bool:
         return True
 
-    def end_step(self, step: int, loss: Tensor, grad_norm: Tensor, expert_loads, **_) -> None:
+    def end_step(self, step: int, loss: Tensor, grad_norm: Tensor, expert_loads, routing, **_):
         self.losses.append(loss.item())
         self.norms.append(grad_norm.item())
         self.loads.append({name: load_E.tolist() for name, load_E in expert_loads.items()})
+        figures = {f"{name}.{key}": x for name, of in routing.items() for key, x in of.items()}
+        self.routing.append(figures)
 
 
 def record(words: list[str]) -> Trace:
@@ -168,6 +173,7 @@ def record(words: list[str]) -> Trace:
         train.forward_backward = forward_backward
         run.loader.close()
     trace.weights = gathered(run, {n: p.detach() for n, p in run.model.named_parameters()})
+    trace.buffers = gathered_buffers(run)
     if dist.get_world_size() == 1:
         dist.destroy_process_group()
     return trace
@@ -182,6 +188,16 @@ def gathered(run: train.Run, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if dist.get_rank() == 0:
             found[name] = tensor.clone()
     return found
+
+
+def gathered_buffers(run: train.Run) -> dict[str, Tensor]:
+    """The persistent buffers of all stages, on every rank."""
+    names = dict(run.model.named_parameters())
+    state = get_model_state_dict(run.model)
+    here = {name: x.clone() for name, x in state.items() if name not in names}
+    ranks: list[dict] = [{}] * dist.get_world_size()
+    dist.all_gather_object(ranks, here)
+    return {name: x for rank in ranks for name, x in rank.items()}
 
 
 # ---------------------------------------------------------------------------- comparing
@@ -209,17 +225,26 @@ def compare(mesh: Trace, single: Trace) -> dict[str, tuple[float, str]]:
         pairs = zip(getattr(mesh, kind), getattr(single, kind), strict=True)
         errors = [(abs(a - b) / abs(b), f"step {i}") for i, (a, b) in enumerate(pairs)]
         worst[kind] = max(errors)
+    errors = [(0.0, "-")]
+    for step, (ours, theirs) in enumerate(zip(mesh.routing, single.routing, strict=True)):
+        errors += [
+            (abs(ours[name] - x) / max(abs(x), FLOOR), f"{name}, step {step}")
+            for name, x in theirs.items()
+        ]
+    worst["routing"] = max(errors)
     errors = []
     for step, (ours, theirs) in enumerate(zip(mesh.gradients, single.gradients, strict=True)):
         errors += [(error(ours[n], theirs[n]), f"{n}, step {step}") for n in theirs]
     worst["gradients"] = max(errors)
-    worst["weights"] = max((error(mesh.weights[n], w), n) for n, w in single.weights.items())
+    errors = [(error(mesh.weights[n], w), n) for n, w in single.weights.items()]
+    errors += [(error(mesh.buffers[n], x), n) for n, x in single.buffers.items()]
+    worst["weights"] = max(errors)
     return worst
 
 
 def judged(dtype: str) -> tuple[str, ...]:
     """In float32 the weights are not: Adam divides by gradients that may be zero plus roundoff."""
-    kinds = ("losses", "norms", "gradients", "loads")
+    kinds = ("losses", "norms", "gradients", "loads", "routing")
     return (*kinds, "weights") if dtype == "float64" else kinds
 
 
@@ -243,6 +268,15 @@ def ranks_and_words(mesh: str) -> tuple[int, list[str]]:
             ranks *= int(value)
         words += [f"--{key if '.' in key else f'parallelism.{key}'}", value]
     return ranks, words
+
+
+def joint_micro_batch(words: list[str], changes: list[str]) -> int:
+    """Rows that a mesh works on at a time, all ranks together. Balance looks at those, so that one
+    process must take as many at a time to compute the same."""
+    config = load_config(words[0], [*words[1:], *changes])
+    degrees = config.parallelism
+    readers = degrees.dp_replicate * max(degrees.dp_shard, 1) * degrees.ep
+    return config.training.micro_batch_size * readers
 
 
 def write_samples(folder: Path, count: int = 120) -> Path:
@@ -293,13 +327,16 @@ def main(argv: list[str]) -> int:
             words += ["--training.dtype", arguments.dtype, "--run.device", "cpu"]
             words += [*(("--training.steps", "2") if quick else ()), *others]
             words += ["--run.output_dir", str(folder / "single")]
+            singles: dict[int, Trace] = {}
             asked = {m: ranks_and_words(m) for m in meshes}
             for ranks, changes in asked.values():
                 check([*words, *changes], ranks)
-            single = record(words)
             for mesh, (ranks, changes) in asked.items():
+                rows = joint_micro_batch(words, changes)
+                if rows not in singles:
+                    singles[rows] = record([*words, "--training.micro_batch_size", str(rows)])
                 output = ["--run.output_dir", str(folder / mesh)]
-                errors = compare(world.run(ranks, record, [*words, *changes, *output])[0], single)
+                errors = compare(world.run(ranks, record, [*words, *changes, *output])[0], singles[rows])
                 print(f"{mesh:<40}", *(f"{k} {e:.1e} ({at})" for k, (e, at) in errors.items()))
                 worst = max(worst, *(errors[kind][0] for kind in judged(arguments.dtype)))
     except ConfigError as mistake:

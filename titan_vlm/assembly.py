@@ -33,6 +33,7 @@ def assemble(config: Config) -> Parts:
     """
     spec = model_spec(config.model.name)
     dims = model_config(config.model.name, config.model.flavor, config.model.hf_path)
+    dims = spec.with_experts(dims, config.moe)
     tokenizer = load_tokenizer(config.data.tokenizer)
     dims = spec.with_token_ids(dims, visual_token_ids(tokenizer), len(tokenizer))
     vision = dims.vision

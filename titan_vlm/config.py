@@ -23,6 +23,8 @@ from typing import Literal
 import tomli_w
 
 from titan_vlm.errors import ConfigError
+from titan_vlm.models.moe.config import MoE
+from titan_vlm.models.moe.config import conflicts as moe_conflicts
 from titan_vlm.settings import build, help_lines, override, pairs, setting
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "train_configs"
@@ -308,6 +310,7 @@ class Config:
     comm: Comm = field(default_factory=Comm)
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
     compile: Compile = field(default_factory=Compile)
+    moe: MoE = field(default_factory=MoE)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     metrics: Metrics = field(default_factory=Metrics)
     eval: Eval = field(default_factory=Eval)
@@ -338,6 +341,8 @@ def _conflicts(config: Config) -> Iterator[str]:
         least, most = getattr(data, low), getattr(data, high)
         if least > most:
             yield f"data.{low}: expected at most data.{high} ({most}), got {least}"
+
+    yield from moe_conflicts(config.moe)
 
     rows, micro = training.global_batch_size, training.micro_batch_size
     if rows % micro:

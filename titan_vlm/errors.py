@@ -1,4 +1,4 @@
-"""What users can get wrong. Both say in one line where, what was expected and what was found.
+"""What users can get wrong. All say in one line where, what was expected and what was found.
 
 Anything else that is raised is a defect of the program and keeps its traceback.
 """
@@ -17,3 +17,7 @@ class ConfigError(_OneLine):
 
 class DataError(_OneLine):
     """Data that cannot be used: a missing file, an unreadable sample, too many bad ones."""
+
+
+class NumericsError(_OneLine):
+    """Numbers that are not finite any more, so that training on would destroy the weights."""

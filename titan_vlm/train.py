@@ -11,8 +11,7 @@ A run lives in `run.output_dir`; the same command again resumes it from its newe
 import logging
 import sys
 import time
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -30,16 +29,18 @@ from titan_vlm.data.loader import MAX_REASONS, RowLoader, build_loader, merge_st
 from titan_vlm.data.packing import Counts
 from titan_vlm.data.rows import collate
 from titan_vlm.data.sources.hf import has_split
-from titan_vlm.errors import ConfigError, DataError
+from titan_vlm.errors import ConfigError, DataError, NumericsError
 from titan_vlm.evaluation.validate import Result, Validator
 from titan_vlm.hang import Watch
 from titan_vlm.mesh import Mesh, build_mesh, size
 from titan_vlm.models.init import init_weights
 from titan_vlm.models.inputs import Batch
 from titan_vlm.models.layers.head import Head
+from titan_vlm.models.moe.tokens import Moment
 from titan_vlm.parallel.local import tie, tied_parameters
 from titan_vlm.parallel.pipeline import Pipeline
 from titan_vlm.parallelize import make_plan, parallelize
+from titan_vlm.training import routing
 from titan_vlm.training.checkpoint import Checkpointer
 from titan_vlm.training.loss import chunked_cross_entropy
 from titan_vlm.training.metrics import MetricsLogger
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> int:
         config = config_from_args(argv)
         with Watch(config.comm.timeout_s, Path(config.run.output_dir) / "flight_recorder") as watch:
             train(config, watch)
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, NumericsError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         if distributed.is_hidden_rank():  # torchrun ends all with the first, so let the seen one be
             time.sleep(REFUSAL_S)
@@ -104,6 +105,8 @@ def train(config: Config, watch: Watch) -> None:
 def prepare(config: Config) -> "Run":
     """Everything that a step needs, new or as the newest checkpoint has it."""
     parts = assemble(config)
+    if config.checkpoint.export_hf:
+        parts.spec.check_exportable(parts.dims)
     plan = make_plan(config, parts, distributed.world_size())
     device = distributed.start(config.run.device, config.comm)
     mesh = build_mesh(device.type, plan.degrees, config.parallelism.expert_parallel_over_tp)
@@ -121,9 +124,18 @@ def prepare(config: Config) -> "Run":
     optimizer = build_optimizer(model, config.optimizer, whole)
     reader, readers = mesh.batch.get_local_rank(), mesh.batch.size()
     loader = build_loader(config, parts.tokenizer, parts.images, reader, readers)
-    loads = {name: load_E.shape for name, load_E in whole.expert_loads().items()}
     run = Run(
-        config, parts, output, checkpointer, model, optimizer, loader, device, mesh, pipeline, loads
+        config,
+        parts,
+        output,
+        checkpointer,
+        model,
+        optimizer,
+        loader,
+        device,
+        mesh,
+        pipeline,
+        routing.all_layers(whole),
     )
     resume(run)
     write_config(output, config)  # last: a run that is refused must not change the one it met
@@ -144,7 +156,7 @@ class Run:
     device: torch.device
     mesh: Mesh
     pipeline: Pipeline | None  # then `model` has this rank's stages
-    loads: dict[str, torch.Size]  # the MoE layers of all stages, and the shapes of their loads
+    moe_layers: routing.Layers
     step: int = 0
     # Samples left out since the run began, by reason.
     skipped: dict[str, int] = field(default_factory=lambda: {"bad": 0, "dropped": 0, "cut": 0})
@@ -161,10 +173,20 @@ def train_step(run: Run, metrics: MetricsLogger) -> None:
     with metrics.waiting_for_data():
         rows = list(islice(run.loader, config.global_batch_size // run.mesh.batch.size()))
     micro = config.micro_batch_size
-    batches = [collate(rows[i : i + micro]) for i in range(0, len(rows), micro)]
+    moment = Moment(
+        run.config.run.seed,
+        run.step,
+        micro_batches=len(rows) // micro,
+        observe=metrics.due(run.step + 1),
+    )
+    batches = [
+        collate(rows[i * micro : (i + 1) * micro], replace(moment, micro_batch=i))
+        for i in range(moment.micro_batches)
+    ]
     counts = global_counts(run, batches)
 
     loss = forward_backward(run, batches, counts["targets"])
+    routing.steer(run.model, run.moe_layers, run.mesh, run.device, run.step + 1)
     norm = clip_grad_norm(run.model.parameters(), config.max_norm, size(run.mesh.pp))
     run.optimizer.step()
     run.optimizer.zero_grad()
@@ -242,31 +264,22 @@ def report_step(
 ) -> None:
     """Hand the step's figures to the metrics; between reports nothing here waits for the device."""
     metrics.count(**{name: value for name, value in counts.items() if name != "targets"})
-    loads = all_expert_loads(run) if metrics.due(run.step) else {}
+    figures = {}
+    if metrics.due(run.step):
+        figures = routing.collect(run.model, run.moe_layers, run.mesh, run.device)
     loss = distributed.sum_over(run.mesh.batch, loss)
     metrics.end_step(
         run.step,
         loss=distributed.sum_over(run.mesh.pp, loss),  # one stage has it
         grad_norm=norm,
         learning_rates=rates,
-        expert_loads=loads,
+        expert_loads={name: layer.load_E for name, layer in figures.items()},
+        routing={
+            name: layer.summary(run.moe_layers[name][1], run.step - 1)
+            for name, layer in figures.items()
+        },
         skipped=run.skipped,
     )
-
-
-def all_expert_loads(run: Run) -> dict[str, Tensor]:
-    """For each MoE layer of all stages, pairs per expert since this was last asked for."""
-    here = run.model.expert_loads()
-    if not run.loads:
-        return {}
-    zeros = partial(torch.zeros, dtype=torch.int64, device=run.device)
-    flat = torch.cat([here.get(name, zeros(shape)) for name, shape in run.loads.items()])
-    # Along tp, too, every rank has counted other tokens.
-    flat = distributed.sum_over(run.mesh.pp, distributed.sum_over(run.mesh.tokens, flat))
-    for load_E in here.values():
-        load_E.zero_()
-    sizes = [shape.numel() for shape in run.loads.values()]
-    return dict(zip(run.loads, flat.split(sizes), strict=True))
 
 
 def validate(run: Run, validator: Validator, metrics: MetricsLogger) -> Result:
@@ -362,8 +375,8 @@ def has_held_out_data(config: Config) -> bool:
 
 def save(run: Run) -> None:
     """Write a checkpoint of this step."""
-    loads = {name: load_E.cpu() for name, load_E in run.model.expert_loads().items()}
-    state = {"loader": run.loader.state_dict(), "expert_loads": loads}
+    counters = {name: counter.cpu() for name, counter in routing.counters(run.model).items()}
+    state = {"loader": run.loader.state_dict(), "routing": counters}
     run.checkpointer.save(run.step, run.model, run.optimizer, state)
 
 
@@ -374,10 +387,9 @@ def resume(run: Run) -> None:
         return
     ranks = run.checkpointer.load(step, run.model, run.optimizer)
     run.loader.load_state_dict(merge_states([rank["loader"] for rank in ranks]))
-    if run.mesh.tokens.get_local_rank() == 0:  # the loads of all are summed when they are reported
-        for name, load_E in run.model.expert_loads().items():
-            for rank in ranks:
-                load_E += rank["expert_loads"].get(name, 0)
+    if run.mesh.tokens.get_local_rank() == 0:  # the counters of all are summed when reported
+        for rank in ranks:
+            routing.add_counters(run.model, rank["routing"])
     run.step = step
     logger.info("resumed at step %d", step)
 

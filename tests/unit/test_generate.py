@@ -7,6 +7,7 @@ from titan_vlm.inference.generate import Prompt, greedy
 from titan_vlm.models.init import init_weights
 from titan_vlm.models.inputs import Batch
 from titan_vlm.models.qwen3_vl.config import FLAVORS
+from titan_vlm.models.moe.layer import moe_layers
 from titan_vlm.models.qwen3_vl.model import Qwen3VL
 
 
@@ -74,6 +75,8 @@ def test_a_stop_token_ends_its_prompt_only(model):
 
 
 def test_decoding_counts_no_expert_load(model):
-    before = {name: load.clone() for name, load in model.expert_loads().items()}
+    before = {name: layer.router.load_E.clone() for name, layer in moe_layers(model).items()}
     greedy(model, make_prompts(), set(), 1, "cpu")
-    assert all(torch.equal(load, before[name]) for name, load in model.expert_loads().items())
+    assert all(
+        torch.equal(layer.router.load_E, before[name]) for name, layer in moe_layers(model).items()
+    )

@@ -14,6 +14,7 @@ from titan_vlm.data.chat import Encoder, Sample
 from titan_vlm.data.packing import Counts
 from titan_vlm.errors import DataError
 from titan_vlm.models.inputs import IGNORE_LABEL, Batch
+from titan_vlm.models.moe.tokens import Moment, name_key
 
 
 @dataclass
@@ -29,10 +30,14 @@ class Row:
     grids: list[tuple[int, int, int]]
     visual_index_M: Tensor  # positions within the row
     sample_ids: list[str]
-    num_images: int
+    images_of: list[int]  # number of images and videos of each sample
     # What became of the samples read since the shard's previous row, and why the last bad ones are.
     counts: Counts = field(default_factory=Counts)
     reasons: list[str] = field(default_factory=list)
+
+    @property
+    def num_images(self) -> int:
+        return sum(self.images_of)
 
 
 def make_row(
@@ -81,13 +86,14 @@ def make_row(
         grids=[visual.grid for sample in kept for visual in sample.visuals],
         visual_index_M=torch.from_numpy(visual_S.nonzero()[0]),
         sample_ids=[sample.id for sample in kept],
-        num_images=sum(len(sample.visuals) for sample in kept),
+        images_of=[len(sample.visuals) for sample in kept],
     )
 
 
-def collate(rows: list[Row]) -> Batch:
-    """B rows of S tokens as one batch."""
+def collate(rows: list[Row], moment: Moment | None = None) -> Batch:
+    """B rows of S tokens as one batch, at a moment of the run."""
     seq_len = len(rows[0].tokens_S)
+    samples = [pair for row in rows for pair in zip(row.sample_ids, row.images_of, strict=True)]
     return Batch(
         tokens_BS=torch.stack([row.tokens_S for row in rows]),
         labels_BS=torch.stack([row.labels_S for row in rows]),
@@ -97,6 +103,9 @@ def collate(rows: list[Row]) -> Batch:
         pixels_NC=torch.cat([row.pixels_NC for row in rows]),
         grids=[grid for row in rows for grid in row.grids],
         visual_index_M=torch.cat([row.visual_index_M + b * seq_len for b, row in enumerate(rows)]),
-        num_samples=sum(len(row.sample_ids) for row in rows),
-        num_images=sum(row.num_images for row in rows),
+        num_samples=len(samples),
+        num_images=sum(images for _, images in samples),
+        sample_keys=[name_key(name) for name, _ in samples],
+        image_keys=[name_key(f"{name} {i}") for name, images in samples for i in range(images)],
+        moment=moment or Moment(),
     )

@@ -21,7 +21,7 @@ def init_weights(model: nn.Module, seed: int, std: float) -> None:
     """
     for name, parameter in model.named_parameters():
         part, where = local_part(parameter)
-        if parameter.ndim == 1:
+        if parameter.ndim == 1 or name.endswith("bias"):
             part.fill_(0.0 if name.endswith("bias") else 1.0)
         elif parameter.ndim == 3:
             first, *inside = where

@@ -8,16 +8,17 @@ Two rows of six tokens, `v` a visual token, `.` padding:
     row 0:  a a v v a .     documents: [a a v v a], padding tail of 1
     row 1:  b b b c c c     documents: [b b b], [c c c]
 
-    doc_lens       = [5, 1, 3, 3]          (the padding tail counts as a document of its own)
-    visual_index_M = [2, 3]                (flattened row-major positions)
-    valid_index_T  = [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11]
+    doc_lens        = [5, 1, 3, 3]         (the padding tail counts as a document of its own)
+    visual_index_M  = [2, 3]               (flattened row-major positions)
+    tokens.index_V  = [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11]
 """
 
-from dataclasses import dataclass, fields, replace
-from itertools import accumulate
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
+
+from titan_vlm.models.moe.tokens import Moment, Tokens, tokens_of
 
 IGNORE_LABEL = -100
 
@@ -35,6 +36,9 @@ class Batch:
     pixels_NC       float32 patches of all images and videos, in order of appearance; N may be 0
     grids           (t, h, w) in patches of each image or video
     visual_index_M  int64 flattened positions of the visual tokens, in order
+    sample_keys     a number that names each sample, in order; random numbers are drawn by it
+    image_keys      the same of each image or video
+    moment          where in the run the batch stands
     """
 
     tokens_BS: Tensor
@@ -47,14 +51,18 @@ class Batch:
     visual_index_M: Tensor
     num_samples: int = 0
     num_images: int = 0
-    # Flattened positions of the tokens that are no padding; made here, on the host.
-    valid_index_T: Tensor | None = None
+    sample_keys: list[int] | None = None
+    image_keys: list[int] | None = None
+    moment: Moment = field(default_factory=Moment)
+    # The tokens that are no padding, for the MoE layers; made here, on the host.
+    tokens: Tokens | None = None
     # The batch as the loader made it, where its tensors can be looked at without waiting.
     host: "Batch | None" = None
 
     def __post_init__(self) -> None:
-        if self.valid_index_T is None:
-            self.valid_index_T = self.valid_BS.flatten().nonzero().squeeze(-1)
+        if self.tokens is None:
+            valid_T = self.valid_BS.flatten()
+            self.tokens = tokens_of(self.doc_lens, self.sample_keys, valid_T, self.moment)
 
     def __repr__(self) -> str:
         rows, length = self.tokens_BS.shape
@@ -63,14 +71,20 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         """Tokens that are no padding, known on the host."""
-        return self.valid_index_T.numel()
+        return len(self.tokens)
 
     @property
     def sample_lens(self) -> list[int]:
         """Lengths of the documents that are no padding, on the host."""
-        valid, lens = self.on_host.valid_BS.flatten(), self.doc_lens
-        starts = accumulate(lens, initial=0)
-        return [n for n, start in zip(lens, starts, strict=False) if valid[start]]
+        tokens = self.on_host.tokens
+        return torch.bincount(tokens.sequence_V, minlength=tokens.num_sequences).tolist()
+
+    def visual_tokens(self, patches: int = 1) -> Tokens:
+        """What the MoE layers of a vision tower are told, on the batch's device: a token is as many
+        patches, a sequence an image or video."""
+        lens = [t * h * w // patches for t, h, w in self.grids]
+        tokens = tokens_of(lens, self.image_keys, None, self.moment)
+        return tokens.to(self.tokens_BS.device)
 
     @property
     def num_targets(self) -> Tensor:
@@ -84,15 +98,18 @@ class Batch:
             name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
             for name, value in values.items()
         }
-        return Batch(**moved | {"host": self.on_host})
+        return Batch(**moved | {"tokens": self.tokens.to(device), "host": self.on_host})
 
     @property
     def on_host(self) -> "Batch":
         """The batch as it was before it went to a device."""
         return self.host or self
 
-    def with_indices(self, **indices: Tensor) -> "Batch":
-        """The same batch with other index tensors, given on the host."""
+    def with_indices(self, **indices: Tensor | Tokens) -> "Batch":
+        """The same batch with other indices, given on the host."""
         device = self.tokens_BS.device
-        moved = {name: index.to(device, non_blocking=True) for name, index in indices.items()}
+        moved = {
+            name: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x.to(device)
+            for name, x in indices.items()
+        }
         return replace(self, **moved, host=self.on_host)

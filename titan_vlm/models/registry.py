@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from titan_vlm.errors import ConfigError
+from titan_vlm.models.moe.config import MoE
 from titan_vlm.models.qwen3_vl import config as qwen3_vl
 from titan_vlm.models.qwen3_vl import hf as qwen3_vl_hf
 from titan_vlm.models.qwen3_vl.flops import flops as qwen3_vl_flops
@@ -25,6 +26,8 @@ class ModelSpec:
     # directory -> the dimensions its config.json states
     read_hf_config: Callable[[str], Any]
     with_token_ids: Callable[[Any, Any, int], Any]
+    # (dimensions, [moe]) -> dimensions with experts routed as it says
+    with_experts: Callable[[Any, MoE], Any]
     build: Callable[[Any], nn.Module]
     flops: Callable[[Any, list[int], list[tuple[int, int, int]]], float]
     # dimensions -> for each view of the mesh, what it splits and the number that must divide
@@ -35,6 +38,8 @@ class ModelSpec:
     load_hf: Callable[[nn.Module, str], None]
     # (state, config, directory, ...): write one; `qwen3_vl/hf.py` names the options
     save_hf: Callable[..., None]
+    # dimensions -> ConfigError, where Hugging Face's format cannot hold such a model
+    check_exportable: Callable[[Any], None]
 
 
 MODELS = {
@@ -42,12 +47,14 @@ MODELS = {
         flavors=qwen3_vl.FLAVORS,
         read_hf_config=qwen3_vl_hf.read_config,
         with_token_ids=qwen3_vl.with_token_ids,
+        with_experts=qwen3_vl.with_experts,
         build=Qwen3VL,
         flops=qwen3_vl_flops,
         divisible=qwen3_vl_divisible,
         pipeline_units=qwen3_vl_pipeline_units,
         load_hf=qwen3_vl_hf.load_hf,
         save_hf=qwen3_vl_hf.save_hf,
+        check_exportable=qwen3_vl_hf.check_exportable,
     )
 }
 

@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor, Shard
 from titan_vlm.config import Config
 from titan_vlm.mesh import Mesh
 from titan_vlm.models.moe.experts import Experts
+from titan_vlm.models.moe.router import Router
 
 # The output of the experts is a view, and nobody writes to it.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -56,6 +57,10 @@ def apply(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
     for unit in model.modules():
         if isinstance(unit, Experts):
             _shard(unit, mesh.efsdp, policies, reshard)
+        if isinstance(unit, Router) and half:
+            # Its product is computed in float32: rounded weights would make other choices.
+            exact = {**policies, "mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False)}
+            _shard(unit, mesh.fsdp, exact, reshard)
     for unit in model.sharding_units():
         _shard(unit, mesh.fsdp, policies, reshard)
     _shard(model, mesh.fsdp, policies, reshard=False)

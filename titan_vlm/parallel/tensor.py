@@ -37,6 +37,7 @@ from titan_vlm.config import Parallelism
 from titan_vlm.mesh import Mesh
 from titan_vlm.models.inputs import Batch
 from titan_vlm.models.moe.layer import MoE
+from titan_vlm.models.moe.tokens import Tokens
 from titan_vlm.parallel import async_tensor
 from titan_vlm.parallel.local import compute_locally, shard_parameter, tie, tied_parameters
 
@@ -87,9 +88,10 @@ def apply(model: nn.Module, mesh: Mesh, config: Parallelism) -> nn.Module:
                 for style in ("column", "row")
             )
             async_tensor.pair(modules[name], columns, row, split.group)
-    for module in modules.values():
+    for name, module in modules.items():
         if isinstance(module, MoE):
-            _experts(module, split)
+            # Pictures are not split along the sequence.
+            _experts(module, split, split.sequence and not name.startswith("vision."))
     tie(tied)
     model.register_forward_pre_hook(partial(_begin, split=split), with_kwargs=True)
     if split.sequence and model.vision is not None:
@@ -109,26 +111,17 @@ def _begin(_, args: tuple, kwargs: dict, split: Split) -> tuple[tuple, dict]:
 
 def _own_part(batch: Batch, split: Split) -> Batch:
     split.length = batch.tokens_BS.shape[1]
-    ranks, rank = split.group.size(), split.group.rank()
     if not split.sequence:
-        return token_part(batch, ranks, rank)
-    part, split.features = sequence_part(batch, ranks, rank)
+        return batch
+    part, split.features = sequence_part(batch, split.group.size(), split.group.rank())
     return part
-
-
-def token_part(batch: Batch, ranks: int, rank: int) -> Batch:
-    """The same batch; of its tokens that are no padding, those of the MoE layers of this rank."""
-    tokens = -(-batch.tokens_BS.numel() // ranks)
-    valid = batch.on_host.valid_index_T - rank * tokens
-    mine = valid[(valid >= 0) & (valid < tokens)]
-    return batch.with_indices(valid_index_T=mine)
 
 
 def sequence_part(batch: Batch, ranks: int, rank: int) -> tuple[Batch, Tensor]:
     """Rows padded to a multiple of `ranks`, with the indices of this rank's positions.
 
     `tokens_BS`, `positions_3BS` and `doc_lens` stay whole, for attention and the embedding;
-    `visual_index_M` and `valid_index_T` count in the rank's [B, S / ranks]. Returned beside the
+    `visual_index_M` and `tokens` count in the rank's [B, S / ranks]. Returned beside the
     batch: which of the batch's visual features are this rank's.
     """
     rows, length = batch.tokens_BS.shape
@@ -140,9 +133,10 @@ def sequence_part(batch: Batch, ranks: int, rank: int) -> tuple[Batch, Tensor]:
         mine = (position // own == rank).nonzero().squeeze(-1)
         return (row * own + position - rank * own)[mine], mine
 
-    valid, _ = local(batch.on_host.valid_index_T)
+    tokens = batch.on_host.tokens
+    index_V, mine = local(tokens.index_V)
     visual, features = local(batch.on_host.visual_index_M)
-    batch = batch.with_indices(valid_index_T=valid, visual_index_M=visual)
+    batch = batch.with_indices(tokens=tokens.take(mine, index_V), visual_index_M=visual)
     if padding:
         batch.tokens_BS = F.pad(batch.tokens_BS, (0, padding))
         batch.positions_3BS = F.pad(batch.positions_3BS, (0, padding))
@@ -229,15 +223,18 @@ def _sequence(module: nn.Module, split: Split) -> None:
         _partial(module, split)
 
 
-def _experts(layer: MoE, split: Split) -> None:
-    _partial(layer.router, split)
-    if split.sequence:
+def _experts(layer: MoE, split: Split, sequence: bool) -> None:
+    """An MoE layer, on parts of a sequence already or on tokens that all ranks have."""
+    for module in (layer.router, *(layer.shared.modules() if hasattr(layer, "shared") else ())):
+        _partial(module, split)
+    if sequence:
         return
     forward, group = layer.forward, split.group
 
-    def run(x_TD: Tensor, valid_index_T: Tensor) -> Tensor:
+    def run(x_TD: Tensor, tokens: Tokens) -> Tensor:
         shard_TD = shard_tokens(x_TD, group)
-        return gather_tokens(forward(shard_TD, valid_index_T), len(x_TD), group)
+        mine = tokens.part(len(x_TD), group.size(), group.rank())
+        return gather_tokens(forward(shard_TD, mine), len(x_TD), group)
 
     layer.forward = run
 

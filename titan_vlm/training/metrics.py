@@ -114,6 +114,7 @@ class MetricsLogger:
         grad_norm: Tensor,
         learning_rates: dict[str, float],
         expert_loads: dict[str, Tensor] | None = None,
+        routing: dict[str, dict[str, float]] | None = None,
         skipped: dict[str, int] | None = None,
     ) -> dict[str, Any] | None:
         """Call after every step, counted from 1; returns the record where it reported one.
@@ -121,8 +122,8 @@ class MetricsLogger:
         Args:
             loss: of this very step, so that the curve of a resumed run is the same curve.
             learning_rates: by group.
-            expert_loads: pairs per expert since the last report, by MoE layer; the caller zeroes
-                them after a report.
+            expert_loads: pairs per expert since the last report, by MoE layer.
+            routing: what else there is to say of each of these layers.
             skipped: samples left out so far, by reason.
         """
         if self._bar is not None:
@@ -135,6 +136,10 @@ class MetricsLogger:
         loads = {name: load_E.cpu() for name, load_E in (expert_loads or {}).items()}
         for name, load_E in loads.items():
             record |= {f"experts/{name}/{key}": x for key, x in load_summary(load_E).items()}
+        for name, values in (routing or {}).items():
+            record |= {f"experts/{name}/{key}": x for key, x in values.items()}
+        if losses := [x for key, x in record.items() if key.endswith("/balance_loss")]:
+            record["balance_loss"] = sum(losses)
         record |= {f"skipped/{reason}": number for reason, number in (skipped or {}).items()}
         self._write(record)
         if self._board is not None:

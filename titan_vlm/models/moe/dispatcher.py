@@ -1,13 +1,15 @@
 """Bring every pair's token to its expert, and the outputs back.
 
     dispatch(x_TD, routing) -> x_RD, state         one row per pair, grouped by expert
-    combine(y_RD, state) -> y_TD                   sum over each token's pairs
+    combine(y_RD, state, meanwhile) -> y_TD        sum over each token's pairs; `meanwhile` is run
+                                                   while rows travel, and its result added
 
 `LocalDispatcher` has all experts on this rank; `exchange.py` has those that talk to others. Both
 directions are gathers both ways: nothing is added atomically, the result does not depend on a
 thread schedule, and each is the other's adjoint.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -88,6 +90,9 @@ class LocalDispatcher:
         rows = make_rows(layout.source_R, layout.rows_P, routing.token_ids_P, x_TD.shape[0])
         return rows.spread(x_TD), LocalState(layout, rows)
 
-    def combine(self, y_RD: Tensor, state: LocalState) -> Tensor:
+    def combine(
+        self, y_RD: Tensor, state: LocalState, meanwhile: Callable[[], Tensor] | None = None
+    ) -> Tensor:
         """Sum the rows of each token's pairs: [T, D]. A token in no pair gets zeros."""
-        return state.rows.collect(y_RD)
+        y_TD = state.rows.collect(y_RD)
+        return y_TD + meanwhile() if meanwhile else y_TD

@@ -13,6 +13,7 @@ What arrives is ordered by sender; from there it is a local dispatch of as many 
 arrived, each in one pair. The way back is the same in reverse, and so are both gradients.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -80,11 +81,18 @@ class AllToAllDispatcher:
         x_RD, local = self.local.dispatch(x_AD, here)
         return x_RD, ExchangeState(local, sent, arrived, rows)
 
-    def combine(self, y_RD: Tensor, state: ExchangeState) -> Tensor:
+    def combine(
+        self, y_RD: Tensor, state: ExchangeState, meanwhile: Callable[[], Tensor] | None = None
+    ) -> Tensor:
         """Bring the rows back and sum each token's: [T, D]."""
         y_AD = self.local.combine(y_RD, state.local)
-        y_SD = _AllToAll.apply(y_AD, state.arrived, state.sent, self.group)
-        return state.rows.collect(y_SD)
+        if meanwhile is None:
+            y_SD = _AllToAll.apply(y_AD, state.arrived, state.sent, self.group)
+            return state.rows.collect(y_SD)
+        journey = _Journey(state.arrived, state.sent, self.group)
+        y_SD = _Leave.apply(y_AD, journey)
+        other_TD = meanwhile()
+        return state.rows.collect(_Arrive.apply(y_SD, journey)) + other_TD
 
 
 class _AllToAll(torch.autograd.Function):
@@ -98,6 +106,53 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return _exchange(grad, *ctx.way), None, None, None
+
+
+class _Journey:
+    """An exchange under way: between `_Leave` and `_Arrive` the ranks compute something else. In
+    the backward pass the gradients leave at `_Arrive`; autograd runs what was computed in between
+    before it comes to `_Leave`, which waits for them."""
+
+    def __init__(self, sent: list[int], arrived: list[int], group: dist.ProcessGroup):
+        self.sent, self.arrived, self.group = sent, arrived, group
+
+    def begin(self, x: Tensor, sent: list[int], arrived: list[int]) -> Tensor:
+        self.out = x.new_empty(sum(arrived), *x.shape[1:])
+        self.kept = x.contiguous()  # it is read until the exchange is over
+        self.work = dist.all_to_all_single(
+            self.out, self.kept, arrived, sent, group=self.group, async_op=True
+        )
+        return self.out
+
+    def end(self) -> Tensor:
+        self.work.wait()
+        out, self.out, self.kept, self.work = self.out, None, None, None
+        return out
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, journey: _Journey) -> Tensor:
+        ctx.journey = journey
+        return journey.begin(x, journey.sent, journey.arrived)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.journey.end(), None  # `grad` only kept the order
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, out: Tensor, journey: _Journey) -> Tensor:
+        ctx.journey = journey
+        journey.end()
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        journey = ctx.journey
+        journey.begin(grad, journey.arrived, journey.sent)
+        return grad, None
 
 
 def _exchange(x: Tensor, sent: list[int], arrived: list[int], group) -> Tensor:
@@ -151,9 +206,12 @@ class AllGatherDispatcher:
         x_RD, local = self.local.dispatch(x_GD, here)
         return x_RD, GatherState(local, num_tokens, longest)
 
-    def combine(self, y_RD: Tensor, state: GatherState) -> Tensor:
+    def combine(
+        self, y_RD: Tensor, state: GatherState, meanwhile: Callable[[], Tensor] | None = None
+    ) -> Tensor:
         y_GD = self.local.combine(y_RD, state.local)
-        return collectives.reduce_scatter(y_GD, 0, self.group)[: state.num_tokens]
+        y_TD = collectives.reduce_scatter(y_GD, 0, self.group)[: state.num_tokens]
+        return y_TD + meanwhile() if meanwhile else y_TD
 
 
 def _pad(x: Tensor, length: int, fill: float = 0) -> Tensor:

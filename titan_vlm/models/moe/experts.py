@@ -20,18 +20,34 @@ class Experts(nn.Module):
     The routing weight multiplies the hidden activation instead of the output: the same number,
     at width F instead of D, and its gradient needs no saved output.
 
-    gate_up [E, D, 2F], gate first; down [E, F, D]: the layout of the published checkpoints.
+    gate_up [E, D, 2F], gate first; down [E, F, D]: the layout of the published checkpoints. With
+    `bias`, one [E, 1, ...] for each.
     """
 
-    def __init__(self, num_experts: int, width: int, hidden: int):
+    def __init__(
+        self, num_experts: int, width: int, hidden: int, out: int | None = None, bias: bool = False
+    ):
         super().__init__()
+        out = out or width
         self.gate_up = nn.Parameter(torch.empty(num_experts, width, 2 * hidden))
-        self.down = nn.Parameter(torch.empty(num_experts, hidden, width))
+        self.down = nn.Parameter(torch.empty(num_experts, hidden, out))
+        if bias:
+            self.gate_up_bias = nn.Parameter(torch.empty(num_experts, 1, 2 * hidden))
+            self.down_bias = nn.Parameter(torch.empty(num_experts, 1, out))
 
     def forward(self, x_RD: Tensor, layout: Layout) -> Tensor:
         gate_up_RF = grouped_matmul(x_RD, self.gate_up, layout)
+        if not hasattr(self, "down_bias"):
+            hidden_RF = WeightedSwiGLU.apply(gate_up_RF, layout.weights_R)
+            return grouped_matmul(hidden_RF, self.down, layout)
+        rows = torch.arange(len(x_RD), device=x_RD.device)
+        # Rows past the last group are nobody's; they have weight 0.
+        experts_R = torch.bucketize(rows, layout.ends_E, right=True).clamp(max=len(self.down) - 1)
+        gate_up_RF = gate_up_RF + self.gate_up_bias.squeeze(1).index_select(0, experts_R)
         hidden_RF = WeightedSwiGLU.apply(gate_up_RF, layout.weights_R)
-        return grouped_matmul(hidden_RF, self.down, layout)
+        bias_RD = self.down_bias.squeeze(1).index_select(0, experts_R)
+        weights_R1 = layout.weights_R.to(bias_RD.dtype).unsqueeze(-1)
+        return grouped_matmul(hidden_RF, self.down, layout) + bias_RD * weights_R1
 
 
 def grouped_matmul(x_RK: Tensor, weight_EKN: Tensor, layout: Layout) -> Tensor:

@@ -7,6 +7,7 @@ parameters are frozen or tokens are not trained on; recomputation by activation 
 not.
 """
 
+from titan_vlm.models.moe.config import MoEConfig
 from titan_vlm.models.qwen3_vl.config import Qwen3VLConfig, TextConfig, VisionConfig
 
 _FORWARD_AND_BACKWARD = 3
@@ -34,13 +35,19 @@ def layer(text: TextConfig, index: int, length: int) -> float:
     width, attention = text.hidden_size, text.num_heads * text.head_dim
     matrices = 2 * width * attention + 2 * width * text.num_kv_heads * text.head_dim
     if text.is_moe_layer(index):
-        matrices += width * text.num_experts
-        matrices += text.num_experts_per_tok * 3 * width * text.moe_intermediate_size
+        experts, width_of_each = text.num_experts, text.moe_intermediate_size
+        matrices += _moe(width, width, experts, text.num_experts_per_tok, width_of_each, text.moe)
     else:
         matrices += 3 * width * text.intermediate_size
     # Queries with keys, then weights with values: 2 x 2 x S^2 x heads x head_dim; a causal mask
     # halves it.
     return 2 * matrices * length + 4 * length**2 * attention / 2
+
+
+def _moe(width: int, out: int, experts: int, top_k: int, hidden: int, moe: MoEConfig) -> int:
+    """Weights that a token passes in an MoE layer."""
+    shared = (2 * width + out) * moe.shared_width
+    return width * experts + top_k * (2 * width + out) * hidden + shared
 
 
 def head(text: TextConfig, length: int) -> float:
@@ -51,10 +58,15 @@ def head(text: TextConfig, length: int) -> float:
 def visual(vision: VisionConfig, frames: int, height: int, width: int) -> float:
     """Forward operations of one image or video of `height` x `width` patches."""
     size, per_frame = vision.hidden_size, height * width
-    block = 4 * size**2 + 2 * size * vision.intermediate_size
-    per_patch = vision.patch_dim * size + vision.depth * block
-    merged = size * vision.merge_size**2
-    merger = merged**2 + merged * vision.out_hidden_size
+    moe, sparse = vision.moe, len(vision.moe_layers)
+    mlps = (vision.depth - sparse) * 2 * size * vision.intermediate_size
+    if sparse:
+        mlps += sparse * _moe(size, size, moe.experts, moe.top_k, moe.expert_width, moe)
+    per_patch = vision.patch_dim * size + vision.depth * 4 * size**2 + mlps
+    merged, out = size * vision.merge_size**2, vision.out_hidden_size
+    merger, moe = merged**2 + merged * out, vision.projector_moe
+    if moe.experts > 0:
+        merger = _moe(merged, out, moe.experts, moe.top_k, moe.expert_width, moe)
     per_token = merger * (1 + len(vision.deepstack_layers))
     patches = frames * per_frame
     tokens = patches / vision.merge_size**2

@@ -167,6 +167,8 @@ class HFTensors(Mapping[str, Tensor]):
 
     def __init__(self, directory: str | Path, config: Qwen3VLConfig):
         self.directory = Path(directory)
+        if unknown := not_in_format(config, weights_only=True):
+            raise ConfigError(f"{directory}: a Qwen3-VL checkpoint has no {unknown[0]}")
         # A bare `Qwen3VL(Moe)Model` was saved without the "model." that it has inside the whole.
         self.infos = {
             re.sub(r"^(language_model|visual)\.", r"model.\1.", name): info
@@ -261,7 +263,7 @@ def _warn_of_other_settings(directory: Path, config: Qwen3VLConfig) -> None:
     theirs = read_config(directory)
     for part in ("text", "vision"):
         here, there = asdict(getattr(config, part)), asdict(getattr(theirs, part))
-        ignored = ("max_positions", "initializer_range")
+        ignored = ("max_positions", "initializer_range", "moe", "projector_moe")
         for key in (key for key in here if here[key] != there[key] and key not in ignored):
             logger.warning(
                 "%s was trained with %s %s = %s; the model has %s",
@@ -287,7 +289,45 @@ def read_config(directory: str | Path) -> Qwen3VLConfig:
         raise ConfigError(f"{directory}: {error}") from error
 
 
+def not_in_format(config: Qwen3VLConfig, weights_only: bool = False) -> list[str]:
+    """What of a model Qwen3-VL's format has no place for, each with the settings that ask for it.
+
+    Args:
+        weights_only: leave out what has no weights, but computes something else.
+    """
+    found = []
+    for branch, moe in (("vision", config.vision.moe), ("projector", config.vision.projector_moe)):
+        if moe.experts > 0:
+            found.append(f"experts in the {branch} (moe.{branch}.experts)")
+    text = config.text.moe
+    if config.text.num_experts and text.shared_width:
+        found.append("shared expert (moe.text.shared_width)")
+    if config.text.num_experts and text.expert_bias:
+        found.append("biases of experts (moe.text.expert_bias)")
+    if config.text.num_experts and text.router == "noisy_topk":
+        found.append("weights of a router's noise (moe.text.router)")
+    if config.text.num_experts and not (weights_only or found or text.is_plain):
+        found.append(
+            "routing but softmax over the top-k that sums to 1 (moe.text: router, score, normalize, "
+            "route_scale, n_groups, bias_update)"
+        )
+    return found
+
+
 # ------------------------------------------------------------------------------------- writing
+
+
+def check_exportable(config: Qwen3VLConfig) -> None:
+    """Refuse what transformers would compute otherwise, or not at all.
+
+    Raises:
+        ConfigError: names the settings.
+    """
+    if unknown := not_in_format(config):
+        raise ConfigError(
+            f"Qwen3-VL's Hugging Face format has no {unknown[0]}: leave that out, or do not export "
+            "(checkpoint.export_hf = false)"
+        )
 
 
 def save_hf(
@@ -313,6 +353,7 @@ def save_hf(
         processor_configs: file name -> content of the picture processors' files.
         layout: of the expert tensors; None is `default_layout(config)`.
     """
+    check_exportable(config)
     if not write:
         for group in _groups(config, "published").values():
             for link in group:

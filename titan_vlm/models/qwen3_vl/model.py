@@ -38,7 +38,7 @@ class Qwen3VL(nn.Module):
     def enter(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """Hidden states [B, S, D] of words and pictures, and a level [M, D] of vision features for
         each of the first layers."""
-        features_MD, deepstack = self.vision(batch.pixels_NC, batch.grids)
+        features_MD, deepstack = self.vision(batch)
         return self.text.embed_tokens(batch, features_MD), deepstack
 
     def decode(self, hidden_BSD: Tensor, deepstack: list[Tensor], batch: Batch) -> Tensor:
@@ -81,7 +81,3 @@ class Qwen3VL(nn.Module):
             else:
                 branches["vision" if name.startswith("vision.") else "text"].append(name)
         return branches
-
-    def expert_loads(self) -> dict[str, Tensor]:
-        """For each MoE layer, pairs per expert since `load_E` was last zeroed."""
-        return {name: block.moe.load_E for name, block in self.blocks() if hasattr(block, "moe")}

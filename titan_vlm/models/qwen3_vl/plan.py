@@ -12,12 +12,16 @@ def divisible(config: Qwen3VLConfig) -> dict[str, dict[str, int]]:
     """For each view of the mesh that splits the model: what it splits, into how many at most."""
     text = config.text
     has_experts = any(text.is_moe_layer(i) for i in range(text.num_layers))
+    experts = {"experts of a layer": text.num_experts if has_experts else 1}
+    for branch, moe in (("vision", config.vision.moe), ("projector", config.vision.projector_moe)):
+        if moe.experts > 0:
+            experts[f"experts of the {branch}"] = moe.experts
     heads = {"attention heads": text.num_heads, "key/value heads": text.num_kv_heads}
     if any(not text.is_moe_layer(i) for i in range(text.num_layers)):
         heads["hidden units of a dense layer"] = text.intermediate_size
     return {
         "tp": heads,
-        "expert": {"experts of a layer": text.num_experts if has_experts else 1},
+        "expert": experts,
     }
 
 
@@ -53,7 +57,8 @@ def tensor_plan(config: Qwen3VLConfig, ranks: int) -> dict[str, list[str]]:
             plan["column"] += [f"{block}.attn.{name}" for name in "qkv"] + [f"{block}.mlp.up"]
             plan["row"] += [f"{block}.attn.o", f"{block}.mlp.down"]
         levels = [f"vision.deepstack_mergers.{j}" for j in range(len(vision.deepstack_layers))]
-        for merger in ("vision.merger", *levels):
+        mergers = ("vision.merger", *levels) if vision.projector_moe.experts <= 0 else ()
+        for merger in mergers:
             plan["pair_of_patches"].append(merger)
             plan["partial"].append(f"{merger}.norm")
             plan["column"].append(f"{merger}.fc1")

@@ -12,6 +12,7 @@ from titan_vlm.models.layers.attention import Documents, attend
 from titan_vlm.models.layers.mlp import SwiGLU
 from titan_vlm.models.layers.rope import rotate, text_tables
 from titan_vlm.models.moe.layer import MoE
+from titan_vlm.models.moe.tokens import Tokens
 from titan_vlm.models.qwen3_vl.config import TextConfig
 
 
@@ -47,7 +48,7 @@ class TextModel(nn.Module):
             x_BSD.dtype,
         )
         for name, block in self.layers.items():
-            x_BSD = block(x_BSD, cos, sin, documents, batch.valid_index_T)
+            x_BSD = block(x_BSD, cos, sin, documents, batch.tokens)
             if int(name) < len(deepstack):
                 x_TD = x_BSD.flatten(0, 1).index_add(0, where_M, deepstack[int(name)])
                 x_BSD = x_TD.view_as(x_BSD)
@@ -65,7 +66,12 @@ class Block(nn.Module):
         self.mlp_norm = nn.RMSNorm(width, config.norm_eps)
         if config.is_moe_layer(index):
             self.moe = MoE(
-                width, config.moe_intermediate_size, config.num_experts, config.num_experts_per_tok
+                width,
+                config.moe_intermediate_size,
+                config.num_experts,
+                config.num_experts_per_tok,
+                config.moe,
+                name=f"text.layers.{index}",
             )
         else:
             self.mlp = SwiGLU(width, config.intermediate_size)
@@ -76,12 +82,12 @@ class Block(nn.Module):
         cos: Tensor,
         sin: Tensor,
         documents: Documents,
-        valid_index_T: Tensor,
+        tokens: Tokens,
     ) -> Tensor:
         x_BSD = x_BSD + self.attn(self.attn_norm(x_BSD), cos, sin, documents)
         normed_BSD = self.mlp_norm(x_BSD)
         if hasattr(self, "moe"):
-            out_TD = self.moe(normed_BSD.flatten(0, 1), valid_index_T)
+            out_TD = self.moe(normed_BSD.flatten(0, 1), tokens)
             return x_BSD + out_TD.view_as(x_BSD)
         return x_BSD + self.mlp(normed_BSD)
 

@@ -15,9 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titan_vlm.models.inputs import Batch
 from titan_vlm.models.layers.attention import Documents, attend
 from titan_vlm.models.layers.mlp import GeluMLP
 from titan_vlm.models.layers.rope import frequencies, rotate
+from titan_vlm.models.moe.layer import MoE
+from titan_vlm.models.moe.tokens import Tokens
 from titan_vlm.models.qwen3_vl.config import VisionConfig
 
 Grid = tuple[int, int, int]
@@ -32,17 +35,22 @@ class VisionTower(nn.Module):
         self.config = config
         self.patch_embed = nn.Linear(config.patch_dim, config.hidden_size)
         self.pos_embed = nn.Embedding(config.num_positions, config.hidden_size)
-        self.blocks = nn.ModuleDict({str(i): VisionBlock(config) for i in range(config.depth)})
-        self.merger = PatchMerger(config, norm_after_merge=False)
+        self.blocks = nn.ModuleDict({str(i): VisionBlock(config, i) for i in range(config.depth)})
+        self.merger = PatchMerger(config, norm_after_merge=False, name="vision.merger")
         self.deepstack_mergers = nn.ModuleDict(
             {
-                str(j): PatchMerger(config, norm_after_merge=True)
+                str(j): PatchMerger(config, True, f"vision.deepstack_mergers.{j}")
                 for j in range(len(config.deepstack_layers))
             }
         )
 
-    def forward(self, pixels_NC: Tensor, grids: list[Grid]) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """Features [M, D] and the DeepStack features, one [M, D] for each early text layer."""
+        pixels_NC, grids = batch.pixels_NC, batch.grids
+        patches = batch.visual_tokens() if self.config.moe_layers else None
+        merged = None
+        if self.config.projector_moe.experts > 0:
+            merged = batch.visual_tokens(self.config.merge_size**2)
         x_ND = self.patch_embed(pixels_NC.to(self.patch_embed.weight.dtype))
         exact = torch.promote_types(x_ND.dtype, torch.float32)
         geometry = [_geometry(h, w, self.config, exact) for _, h, w in grids]
@@ -53,11 +61,11 @@ class VisionTower(nn.Module):
 
         deepstack = []
         for name, block in self.blocks.items():
-            x_ND = block(x_ND, cos, sin, frames)
+            x_ND = block(x_ND, cos, sin, frames, patches)
             if int(name) in self.config.deepstack_layers:
                 j = self.config.deepstack_layers.index(int(name))
-                deepstack.append(self.deepstack_mergers[str(j)](x_ND))
-        return self.merger(x_ND), deepstack
+                deepstack.append(self.deepstack_mergers[str(j)](x_ND, merged))
+        return self.merger(x_ND, merged), deepstack
 
     def _positions(self, geometry: list, grids: list[Grid], like: Tensor) -> Tensor:
         """The learned square table of positions, resampled bilinearly to each image's grid."""
@@ -106,18 +114,32 @@ def _geometry(
 
 
 class VisionBlock(nn.Module):
-    """Pre-norm transformer block with full attention inside each frame."""
+    """Pre-norm transformer block with full attention inside each frame, with experts or dense."""
 
-    def __init__(self, config: VisionConfig):
+    def __init__(self, config: VisionConfig, index: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.hidden_size, NORM_EPS)
         self.norm2 = nn.LayerNorm(config.hidden_size, NORM_EPS)
         self.attn = VisionAttention(config.hidden_size, config.head_dim)
-        self.mlp = GeluMLP(config.hidden_size, config.intermediate_size)
+        moe = config.moe
+        if index in config.moe_layers:
+            self.moe = MoE(
+                config.hidden_size,
+                moe.expert_width,
+                moe.experts,
+                moe.top_k,
+                moe,
+                name=f"vision.blocks.{index}",
+            )
+        else:
+            self.mlp = GeluMLP(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x_ND: Tensor, cos: Tensor, sin: Tensor, frames: Documents) -> Tensor:
+    def forward(
+        self, x_ND: Tensor, cos: Tensor, sin: Tensor, frames: Documents, tokens: Tokens | None
+    ) -> Tensor:
         x_ND = x_ND + self.attn(self.norm1(x_ND), cos, sin, frames)
-        return x_ND + self.mlp(self.norm2(x_ND))
+        normed_ND = self.norm2(x_ND)
+        return x_ND + (self.moe(normed_ND, tokens) if hasattr(self, "moe") else self.mlp(normed_ND))
 
 
 class VisionAttention(nn.Module):
@@ -139,19 +161,25 @@ class VisionAttention(nn.Module):
 
 
 class PatchMerger(nn.Module):
-    """Four neighbouring patches become one feature of the text width."""
+    """Four neighbouring patches become one feature of the text width; dense, or by experts."""
 
-    def __init__(self, config: VisionConfig, norm_after_merge: bool):
+    def __init__(self, config: VisionConfig, norm_after_merge: bool, name: str):
         super().__init__()
         self.merged = config.hidden_size * config.merge_size**2
         self.norm_after_merge = norm_after_merge
         self.norm = nn.LayerNorm(self.merged if norm_after_merge else config.hidden_size, NORM_EPS)
-        self.fc1 = nn.Linear(self.merged, self.merged)
-        self.fc2 = nn.Linear(self.merged, config.out_hidden_size)
+        moe, out = config.projector_moe, config.out_hidden_size
+        if moe.experts > 0:
+            self.moe = MoE(
+                self.merged, moe.expert_width, moe.experts, moe.top_k, moe, out=out, name=name
+            )
+        else:
+            self.fc1 = nn.Linear(self.merged, self.merged)
+            self.fc2 = nn.Linear(self.merged, out)
 
-    def forward(self, x_ND: Tensor) -> Tensor:
+    def forward(self, x_ND: Tensor, tokens: Tokens | None = None) -> Tensor:
         if self.norm_after_merge:
             x = self.norm(x_ND.reshape(-1, self.merged))
         else:
             x = self.norm(x_ND).reshape(-1, self.merged)
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.moe(x, tokens) if hasattr(self, "moe") else self.fc2(F.gelu(self.fc1(x)))

@@ -1,0 +1,306 @@
+"""How the layers of a branch choose experts: the sections [moe.text], [moe.vision], [moe.projector].
+
+`docs/moe.md` tells which to choose. Nothing here imports torch: a mistake is reported before
+anything is launched.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from titan_vlm.settings import setting
+
+# Routers whose tokens do not all have K experts.
+RAGGED = ("expert_choice", "threshold")
+LOSSES = ("aux_loss", "sequence_loss", "importance_loss", "z_loss", "cv_importance", "cv_load")
+
+
+def _coefficient(text: str) -> float:
+    return setting(0.0, text, at_least=0)
+
+
+def _curve(name: str) -> dict[str, float]:
+    return setting(
+        {},
+        f"Factors on {name} by step, linear in between and constant outside, "
+        "e.g. { 0 = 1.0, 1000 = 0.1 }. Empty: 1.",
+        at_least=0,
+    )
+
+
+@dataclass(frozen=True)
+class Anneal:
+    """A factor for each coefficient, by step."""
+
+    aux_loss: dict[str, float] = _curve("aux_loss")
+    sequence_loss: dict[str, float] = _curve("sequence_loss")
+    importance_loss: dict[str, float] = _curve("importance_loss")
+    z_loss: dict[str, float] = _curve("z_loss")
+    cv_importance: dict[str, float] = _curve("cv_importance")
+    cv_load: dict[str, float] = _curve("cv_load")
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    # ---- experts
+    experts: int = setting(
+        -1,
+        "Experts of a layer; 0: none, dense layers; -1: as the model flavour has it.",
+        at_least=-1,
+    )
+    top_k: int = setting(0, "Experts of a token; 0: as the model flavour has it.", at_least=0)
+    expert_width: int = setting(
+        0, "Hidden units of an expert; 0: as the model flavour has it.", at_least=0
+    )
+    layers: list[int] = setting(
+        [], "The layers with experts, from 0 on. Empty: moe.*.every decides.", at_least=0
+    )
+    every: int = setting(
+        0,
+        "Every n-th layer has experts (n = 2: layers 1, 3, 5); 0: as the model flavour has it.",
+        at_least=0,
+    )
+    expert_bias: bool = setting(False, "Whether the experts' products have biases.")
+    shared_width: int = setting(
+        0, "Hidden units of a shared expert that every token passes; 0: none.", at_least=0
+    )
+    shared_gate: bool = setting(
+        False, "Scale the shared expert by a sigmoid of the token (Qwen2-MoE)."
+    )
+    # ---- router
+    router: Literal["topk", "noisy_topk", "expert_choice", "threshold", "random", "balanced"] = (
+        setting(
+            "topk",
+            "Who chooses: each token its top_k experts; the same under learned noise (Shazeer 2017); "
+            "each expert its tokens; each expert all above its threshold; chance or a fixed turn, for "
+            "benchmarks.",
+        )
+    )
+    score: Literal["softmax", "softmax_topk", "sigmoid"] = setting(
+        "softmax",
+        "From logits to scores: softmax over all experts, softmax over the chosen ones, sigmoid.",
+    )
+    normalize: bool = setting(True, "Let the weights of a token's experts sum to 1.")
+    route_scale: float = setting(1.0, "Factor on the weights.", above=0)
+    noise: Literal["none", "jitter", "rsample"] = setting(
+        "none",
+        "In training: multiply the gate's input by 1 +- noise_eps, or choose by logits plus Gumbel "
+        "noise.",
+    )
+    noise_eps: float = setting(0.01, "Half width of jitter.", above=0, below=1)
+    n_groups: int = setting(1, "Groups that the experts of a layer are divided into.", at_least=1)
+    topk_groups: int = setting(
+        1, "Groups a token may choose from; the best by the sum of their two best.", at_least=1
+    )
+    ec_chunk: int = setting(
+        0,
+        "expert_choice: tokens an expert chooses among; 0: the whole document or picture.",
+        at_least=0,
+    )
+    ec_fallback: bool = setting(
+        True, "expert_choice: a token that no expert chose goes to its best expert."
+    )
+    allow_noncausal: bool = setting(
+        False,
+        "expert_choice in the text branch: accept that a token's experts depend on later ones.",
+    )
+    ema_decay: float = setting(
+        0.99,
+        "Decay by step of the averages: thresholds; load and importance of expert_choice.",
+        at_least=0,
+        below=1,
+    )
+    # ---- capacity
+    capacity_factor: float = setting(
+        0.0,
+        "expert_choice: tokens an expert takes, as a multiple of an even share. Other routers: most "
+        "it takes, the others are dropped; 0 drops none.",
+        at_least=0,
+    )
+    min_capacity: int = setting(4, "With capacity_factor: an expert takes this many.", at_least=0)
+    capacity_scope: Literal["sequence", "batch", "rank"] = setting(
+        "sequence",
+        "What the even share is of: a document or picture, the rows of one micro-batch index of all "
+        "ranks, or this rank's part of them (depends on the mesh; for comparisons only).",
+    )
+    drop: Literal["position", "score"] = setting(
+        "position", "What an expert without room drops: the last tokens, or the least scored."
+    )
+    # ---- balance
+    aux_loss: float = _coefficient(
+        "Coefficient of the Switch loss over the global batch; 1 is perfect balance."
+    )
+    sequence_loss: float = _coefficient(
+        "Coefficient of the same per document or picture (DeepSeek-V3's complementary loss)."
+    )
+    importance_loss: float = _coefficient("Coefficient of importance x load of the pairs made.")
+    z_loss: float = _coefficient("Coefficient of the mean squared logsumexp (ST-MoE).")
+    cv_importance: float = _coefficient(
+        "Coefficient of the squared variation of importance (Shazeer 2017)."
+    )
+    cv_load: float = _coefficient(
+        "Coefficient of the squared variation of the smooth load (noisy_topk only)."
+    )
+    anneal: Anneal = field(default_factory=Anneal)
+    bias_update: Literal["none", "sign", "quantile"] = setting(
+        "none",
+        "Balance without a loss, by a bias on the scores that only the choice sees, changed after "
+        "each step: by bias_speed against the load (DeepSeek-V3), or to where the step would have "
+        "been balanced (quantile balancing).",
+    )
+    bias_speed: float = setting(1e-3, "bias_update sign: change per step.", above=0)
+    bias_centred: bool = setting(True, "bias_update sign: keep the mean bias at 0.")
+
+    def coefficient(self, loss: str, step: int) -> float:
+        """Of a loss, at a step counted from 0."""
+        points = sorted((int(at), factor) for at, factor in getattr(self.anneal, loss).items())
+        return getattr(self, loss) * _interpolate(points, step)
+
+    @property
+    def has_bias(self) -> bool:
+        return self.bias_update != "none"
+
+    @property
+    def losses(self) -> list[str]:
+        """Those with a coefficient."""
+        return [name for name in LOSSES if getattr(self, name) > 0]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a trained layer computes what Qwen3's does: softmax, top-k, normalised."""
+        return (
+            self.router in ("topk", "random", "balanced")
+            and (self.score == "softmax_topk" or (self.score == "softmax" and self.normalize))
+            and self.route_scale == 1.0
+            and self.n_groups == 1
+            and not (self.has_bias or self.expert_bias or self.shared_width)
+        )
+
+
+@dataclass(frozen=True)
+class MoE:
+    """The section [moe]: one for each branch."""
+
+    text: MoEConfig = field(default_factory=MoEConfig)
+    vision: MoEConfig = field(default_factory=MoEConfig)
+    projector: MoEConfig = field(default_factory=MoEConfig)
+
+
+def chosen_layers(config: MoEConfig, depth: int) -> tuple[int, ...]:
+    """Of `depth` layers those with experts: the list, every n-th, or all."""
+    every = config.every or 1
+    return tuple(config.layers) or tuple(range(every - 1, depth, every))
+
+
+def _interpolate(points: list[tuple[int, float]], step: int) -> float:
+    if not points:
+        return 1.0
+    before = [point for point in points if point[0] <= step]
+    after = [point for point in points if point[0] > step]
+    if not before or not after:
+        return (before[-1] if before else after[0])[1]
+    (a, low), (b, high) = before[-1], after[0]
+    return low + (high - low) * (step - a) / (b - a)
+
+
+def conflicts(moe: MoE) -> Iterator[str]:
+    """Settings of a branch that do not go together, as messages."""
+    for branch in ("text", "vision", "projector"):
+        for message in _branch_conflicts(getattr(moe, branch), branch):
+            yield f"moe.{branch}.{message}"
+
+
+def _branch_conflicts(config: MoEConfig, branch: str) -> Iterator[str]:
+    for loss in LOSSES:
+        for step in getattr(config.anneal, loss):
+            if not step.isdigit():
+                yield f"anneal.{loss}: expected steps as keys, as in {{ 0 = 1.0 }}, got {step!r}"
+                return
+    ragged = config.router in RAGGED
+    rules = [
+        (
+            config.router == "expert_choice" and branch == "text" and not config.allow_noncausal,
+            'router = "expert_choice": an expert compares tokens with later ones, so that a decoder '
+            'sees the future while it is trained and cannot generate as it was trained; use "topk", '
+            '"threshold" or bias_update = "quantile", or set allow_noncausal = true (ec_chunk bounds '
+            "how far it sees)",
+        ),
+        (
+            config.router == "expert_choice" and not config.capacity_factor,
+            'capacity_factor: expected above 0 with router = "expert_choice", e.g. 1.0',
+        ),
+        (
+            ragged and config.score == "softmax_topk",
+            f'score = "softmax_topk": with router = "{config.router}" there is no top-k; use '
+            '"softmax" or "sigmoid"',
+        ),
+        (
+            config.router == "noisy_topk" and config.score != "softmax_topk",
+            'score: expected "softmax_topk" with router = "noisy_topk", as Shazeer 2017 has it, got '
+            f'"{config.score}"',
+        ),
+        (
+            config.noise != "none" and config.router not in ("topk", "expert_choice"),
+            f'noise = "{config.noise}": goes with router "topk"'
+            f' (jitter also with "expert_choice"), not with "{config.router}"',
+        ),
+        (
+            config.noise == "rsample" and config.router == "expert_choice",
+            'noise = "rsample": tokens choose there, not experts; use "jitter"',
+        ),
+        (
+            config.has_bias and config.router != "topk",
+            f'bias_update = "{config.bias_update}": needs router = "topk", got "{config.router}"',
+        ),
+        (
+            config.has_bias and config.score == "softmax_topk",
+            f'bias_update = "{config.bias_update}": needs scores of all experts: score = "sigmoid" '
+            'or "softmax"',
+        ),
+        (
+            config.bias_update == "quantile" and bool(config.losses),
+            f"{(config.losses or [''])[0]}: expected 0 with bias_update = "
+            '"quantile", which balances by itself',
+        ),
+        (
+            config.n_groups > 1 and config.router != "topk",
+            f'n_groups = {config.n_groups}: needs router = "topk", got "{config.router}"',
+        ),
+        (
+            config.topk_groups > config.n_groups,
+            f"topk_groups: expected at most n_groups ({config.n_groups}), got {config.topk_groups}",
+        ),
+        (
+            config.cv_load > 0 and config.router != "noisy_topk",
+            f'cv_load: needs router = "noisy_topk", got "{config.router}"',
+        ),
+        (
+            config.shared_gate and not config.shared_width,
+            "shared_gate = true: there is no shared expert; set shared_width",
+        ),
+        (
+            bool(config.layers) and config.every > 0,
+            f"every = {config.every}: expected 0 with a list of layers",
+        ),
+        (
+            config.experts > 0 and not (config.top_k and config.expert_width),
+            f"experts = {config.experts}: set top_k and expert_width with it",
+        ),
+        (
+            config.experts == -1
+            and bool(config.top_k and config.expert_width)
+            and branch != "text",
+            "experts: expected a number with top_k and expert_width; the model flavour has none here",
+        ),
+        (
+            config.experts > 0 and config.top_k > config.experts,
+            f"top_k: expected at most experts ({config.experts}), got {config.top_k}",
+        ),
+        (
+            config.experts > 0 and config.experts % config.n_groups != 0,
+            f"n_groups: expected a divisor of experts ({config.experts}), got {config.n_groups}",
+        ),
+    ]
+    for broken, message in rules:
+        if broken:
+            yield message
