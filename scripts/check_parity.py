@@ -336,7 +336,8 @@ def main(argv: list[str]) -> int:
                 if rows not in singles:
                     singles[rows] = record([*words, "--training.micro_batch_size", str(rows)])
                 output = ["--run.output_dir", str(folder / mesh)]
-                errors = compare(world.run(ranks, record, [*words, *changes, *output])[0], singles[rows])
+                trace = world.run(ranks, record, [*words, *changes, *output])[0]
+                errors = compare(trace, singles[rows])
                 print(f"{mesh:<40}", *(f"{k} {e:.1e} ({at})" for k, (e, at) in errors.items()))
                 worst = max(worst, *(errors[kind][0] for kind in judged(arguments.dtype)))
     except ConfigError as mistake:

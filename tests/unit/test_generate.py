@@ -6,8 +6,8 @@ import torch
 from titan_vlm.inference.generate import Prompt, greedy
 from titan_vlm.models.init import init_weights
 from titan_vlm.models.inputs import Batch
-from titan_vlm.models.qwen3_vl.config import FLAVORS
 from titan_vlm.models.moe.layer import moe_layers
+from titan_vlm.models.qwen3_vl.config import FLAVORS
 from titan_vlm.models.qwen3_vl.model import Qwen3VL
 
 

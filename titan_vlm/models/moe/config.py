@@ -1,4 +1,4 @@
-"""How the layers of a branch choose experts: the sections [moe.text], [moe.vision], [moe.projector].
+"""How a branch's layers choose experts: the sections [moe.text], [moe.vision], [moe.projector].
 
 `docs/moe.md` tells which to choose. Nothing here imports torch: a mistake is reported before
 anything is launched.
@@ -71,9 +71,9 @@ class MoEConfig:
     router: Literal["topk", "noisy_topk", "expert_choice", "threshold", "random", "balanced"] = (
         setting(
             "topk",
-            "Who chooses: each token its top_k experts; the same under learned noise (Shazeer 2017); "
-            "each expert its tokens; each expert all above its threshold; chance or a fixed turn, for "
-            "benchmarks.",
+            "Who chooses: each token its top_k experts; the same under learned noise (Shazeer "
+            "2017); each expert its tokens; each expert all above its threshold; chance or a fixed "
+            "turn, for benchmarks.",
         )
     )
     score: Literal["softmax", "softmax_topk", "sigmoid"] = setting(
@@ -113,15 +113,15 @@ class MoEConfig:
     # ---- capacity
     capacity_factor: float = setting(
         0.0,
-        "expert_choice: tokens an expert takes, as a multiple of an even share. Other routers: most "
-        "it takes, the others are dropped; 0 drops none.",
+        "expert_choice: tokens an expert takes, as a multiple of an even share. Other routers: the "
+        "most it takes, the others are dropped; 0 drops none.",
         at_least=0,
     )
     min_capacity: int = setting(4, "With capacity_factor: an expert takes this many.", at_least=0)
     capacity_scope: Literal["sequence", "batch", "rank"] = setting(
         "sequence",
-        "What the even share is of: a document or picture, the rows of one micro-batch index of all "
-        "ranks, or this rank's part of them (depends on the mesh; for comparisons only).",
+        "What the even share is of: a document or picture, the rows of one micro-batch index of "
+        "all ranks, or this rank's part of them (depends on the mesh; for comparisons only).",
     )
     drop: Literal["position", "score"] = setting(
         "position", "What an expert without room drops: the last tokens, or the least scored."
@@ -220,10 +220,10 @@ def _branch_conflicts(config: MoEConfig, branch: str) -> Iterator[str]:
     rules = [
         (
             config.router == "expert_choice" and branch == "text" and not config.allow_noncausal,
-            'router = "expert_choice": an expert compares tokens with later ones, so that a decoder '
-            'sees the future while it is trained and cannot generate as it was trained; use "topk", '
-            '"threshold" or bias_update = "quantile", or set allow_noncausal = true (ec_chunk bounds '
-            "how far it sees)",
+            'router = "expert_choice": an expert compares tokens with later ones, so a decoder sees '
+            'the future in training and cannot generate as it was trained; use "topk", "threshold" '
+            'or bias_update = "quantile", or set allow_noncausal = true (ec_chunk bounds how far it '
+            "sees)",
         ),
         (
             config.router == "expert_choice" and not config.capacity_factor,
@@ -290,7 +290,7 @@ def _branch_conflicts(config: MoEConfig, branch: str) -> Iterator[str]:
             config.experts == -1
             and bool(config.top_k and config.expert_width)
             and branch != "text",
-            "experts: expected a number with top_k and expert_width; the model flavour has none here",
+            "experts: expected a number with top_k and expert_width: the flavour has none here",
         ),
         (
             config.experts > 0 and config.top_k > config.experts,

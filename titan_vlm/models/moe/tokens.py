@@ -3,7 +3,7 @@
 Two rows of six tokens, three documents, `.` padding:
 
     a a b b b .      index_V     0 1 2 3 4 | 6 7 8 9        places in the flattened [T]
-    c c c c . .      sequence_V  0 0 1 1 1 | 2 2 2 2        which document, or in a tower which picture
+    c c c c . .      sequence_V  0 0 1 1 1 | 2 2 2 2        which document (in a tower: picture)
                      place_V     0 1 0 1 2 | 0 1 2 3        where in it
                      keys_N      what names each document, whatever rows and rank it is in
 

@@ -308,8 +308,8 @@ def not_in_format(config: Qwen3VLConfig, weights_only: bool = False) -> list[str
         found.append("weights of a router's noise (moe.text.router)")
     if config.text.num_experts and not (weights_only or found or text.is_plain):
         found.append(
-            "routing but softmax over the top-k that sums to 1 (moe.text: router, score, normalize, "
-            "route_scale, n_groups, bias_update)"
+            "routing but softmax over the top-k that sums to 1 (moe.text: router, score, "
+            "normalize, route_scale, n_groups, bias_update)"
         )
     return found
 
