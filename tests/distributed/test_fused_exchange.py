@@ -3,6 +3,10 @@
 The stand-ins (`tests/fake_ep.py`) have the libraries' signatures and assert what those demand.
 """
 
+import inspect
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -222,7 +226,7 @@ def test_the_table_of_pairs():
     ("name", "package"), [("deepep", "deep_ep"), ("uccl_ep", "uccl"), ("hybridep", "deep_ep")]
 )
 def test_a_missing_library_is_named_with_its_hardware_and_the_way_out(name, package, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, package, None)
+    monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ConfigError) as error:
         make_dispatcher(name, FakeGroup(), 2048, max_pairs=8)
     message = str(error.value)
@@ -237,15 +241,15 @@ class FakeGroup:
 
 def test_a_library_of_another_kind_is_not_taken_for_it(monkeypatch):
     """The package deep_ep without HybridEP: DeepEP's main branch."""
-    monkeypatch.setitem(__import__("sys").modules, "deep_ep", type(pytest)("deep_ep"))
+    monkeypatch.setitem(sys.modules, "deep_ep", ModuleType("deep_ep"))
     with pytest.raises(ConfigError, match="HybridEPBuffer"):
         make_dispatcher("hybridep", FakeGroup(), 2048, max_pairs=8)
 
 
 def test_a_library_without_a_gpu_is_refused(monkeypatch):
-    module = type(pytest)("deep_ep")
+    module = ModuleType("deep_ep")
     module.Buffer = fake_ep.FakeBuffer
-    monkeypatch.setitem(__import__("sys").modules, "deep_ep", module)
+    monkeypatch.setitem(sys.modules, "deep_ep", module)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="no GPU is visible"):
         make_dispatcher("deepep", FakeGroup(), 2048, max_pairs=8)
@@ -253,9 +257,9 @@ def test_a_library_without_a_gpu_is_refused(monkeypatch):
 
 def test_the_library_is_used_where_there_is_one(monkeypatch):
     """And its tensors are checked: the CPU's are refused at the first dispatch."""
-    module = type(pytest)("deep_ep")
+    module = ModuleType("deep_ep")
     module.Buffer, module.HybridEPBuffer = fake_ep.FakeBuffer, fake_ep.FakeHybridEPBuffer
-    monkeypatch.setitem(__import__("sys").modules, "deep_ep", module)
+    monkeypatch.setitem(sys.modules, "deep_ep", module)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name in ("deepep", "hybridep"):
         dispatcher = make_dispatcher(name, FakeGroup(), 2048, max_pairs=8)
@@ -301,7 +305,8 @@ def test_sizes_that_the_kernels_cannot_take_are_refused(arguments, expected):
         ("deepep", {"pad_multiple": 64}, "pad_multiple = 64.*one of hybridep"),
         ("uccl_ep", {"permute_fusion": True}, "permute_fusion = True.*one of hybridep"),
         ("hybridep", {"async_dispatch": True}, "one of deepep and uccl_ep"),
-        ("deepep", {"num_sms": 7}, "num_sms = 7"),
+        ("deepep", {"num_sms": 7}, "num_sms = 7: expected a positive even number"),
+        ("hybridep", {"num_sms": -1}, "num_sms = -1: expected a positive number"),
         ("hybridep", {"pad_multiple": 48}, "pad_multiple = 48.*multiple of 32"),
     ],
 )
@@ -311,11 +316,9 @@ def test_an_option_that_would_do_nothing_or_harm_is_refused(name, options, expec
 
 
 def test_the_libraries_have_their_own_default_of_multiprocessors():
-    found = {name: fused_library.choose_num_sms(name, FusedOptions()) for name in WAYS_OF}
-    assert found == {"deepep": 20, "uccl_ep": 20, "hybridep": 24}
-
-
-WAYS_OF = ("deepep", "uccl_ep", "hybridep")
+    expected = {"deepep": 20, "uccl_ep": 20, "hybridep": 24}
+    found = {name: fused_library.choose_num_sms(name, FusedOptions()) for name in expected}
+    assert found == expected
 
 
 def test_fusion_is_not_asked_of_a_release_without_it():
@@ -326,3 +329,17 @@ def test_fusion_is_not_asked_of_a_release_without_it():
             FusedOptions(permute_fusion=True),
             fake_ep.FakeHybridEPBufferWithoutFusion,
         )
+
+
+@pytest.mark.parametrize("name", ["deepep", "uccl_ep", "hybridep"])
+def test_the_stand_ins_have_the_signatures_of_the_library(name):
+    """Where it is installed: every argument of a stand-in is the library's, in its order."""
+    library = fused_library.LIBRARIES[name]
+    real_class = getattr(pytest.importorskip(library.module), library.buffer)
+    fake_class = fake_ep.FakeHybridEPBuffer if name == "hybridep" else fake_ep.FakeBuffer
+    methods = [key for key, value in vars(fake_class).items() if callable(value)]
+    for method in [key for key in methods if key == "__init__" or not key.startswith("_")]:
+        real, fake = (
+            inspect.signature(getattr(cls, method)).parameters for cls in (real_class, fake_class)
+        )
+        assert [key for key in real if key in fake] == list(fake), method

@@ -107,9 +107,11 @@ def choose_num_sms(name: str, options: FusedOptions) -> int:
                 f'{field.name} = {value}: dispatcher = "{name}" has no such choice; it is one of '
                 f"{' and '.join(owners)}"
             )
-    if options.num_sms < 0 or options.num_sms % 2:
+    in_halves = name != "hybridep"
+    if options.num_sms < 0 or (in_halves and options.num_sms % 2):
         raise ConfigError(
-            f"num_sms = {options.num_sms}: half of them send and half receive, so an even number; "
+            f"num_sms = {options.num_sms}: expected a positive"
+            f"{' even number, half of them send and half receive' if in_halves else ' number'}; "
             f"0: the default, {library.num_sms}"
         )
     if options.pad_multiple < 1 or options.pad_multiple % ALIGN:

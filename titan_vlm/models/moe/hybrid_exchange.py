@@ -95,7 +95,9 @@ class HybridEPDispatcher:
         # Every row that arrived is a token in one pair, at its place.
         rows_R = torch.arange(x_RD.shape[0], device=x_RD.device)
         ends_E = padded_E.to(x_RD.device, non_blocking=True).cumsum(0).to(torch.int32)
-        layout = Layout(rows_R, rows_R, weights_R, ends_E, group=None)
+        layout = Layout(
+            rows_P=rows_R, source_R=rows_R, weights_R=weights_R, ends_E=ends_E, group=None
+        )
         return x_RD, HybridState(layout, handle, num_tokens)
 
     def combine(self, y_RD: Tensor, state: HybridState) -> Tensor:
