@@ -220,10 +220,10 @@ def _branch_conflicts(config: MoEConfig, branch: str) -> Iterator[str]:
     rules = [
         (
             config.router == "expert_choice" and branch == "text" and not config.allow_noncausal,
-            'router = "expert_choice": an expert compares tokens with later ones, so a decoder sees '
-            'the future in training and cannot generate as it was trained; use "topk", "threshold" '
-            'or bias_update = "quantile", or set allow_noncausal = true (ec_chunk bounds how far it '
-            "sees)",
+            'router = "expert_choice": an expert compares tokens with later ones, so a decoder '
+            'sees the future in training and cannot generate as it was trained; use "topk", "threshold" '
+            'or bias_update = "quantile", or set allow_noncausal = true (ec_chunk bounds how far '
+            "it sees)",
         ),
         (
             config.router == "expert_choice" and not config.capacity_factor,
@@ -236,7 +236,7 @@ def _branch_conflicts(config: MoEConfig, branch: str) -> Iterator[str]:
         ),
         (
             config.router == "noisy_topk" and config.score != "softmax_topk",
-            'score: expected "softmax_topk" with router = "noisy_topk", as Shazeer 2017 has it, got '
+            'score: expected "softmax_topk" with router = "noisy_topk", as in Shazeer 2017, got '
             f'"{config.score}"',
         ),
         (
