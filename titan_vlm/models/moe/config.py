@@ -221,9 +221,9 @@ def _branch_conflicts(config: MoEConfig, branch: str) -> Iterator[str]:
         (
             config.router == "expert_choice" and branch == "text" and not config.allow_noncausal,
             'router = "expert_choice": an expert compares tokens with later ones, so a decoder '
-            'sees the future in training and cannot generate as it was trained; use "topk", "threshold" '
-            'or bias_update = "quantile", or set allow_noncausal = true (ec_chunk bounds how far '
-            "it sees)",
+            'sees the future in training and cannot generate as it was trained; use "topk", '
+            '"threshold" or bias_update = "quantile", or set allow_noncausal = true (ec_chunk '
+            "bounds how far it sees)",
         ),
         (
             config.router == "expert_choice" and not config.capacity_factor,
