@@ -233,14 +233,18 @@ def test_nothing_is_counted_twice_when_a_layer_is_run_again():
     def weights(gate, x_TD, of):
         return gate(x_TD, of).weights_P.sin()  # running again goes on to what this saves
 
+    for gate in (made, again):
+        gate(x_TD[:3], tokens("fewer tokens than experts"))  # a micro-batch before
+    of.moment = Moment(micro_batch=1, micro_batches=2)
     plain = weights(made, x_TD, of)
     wanted = torch.autograd.grad((plain * plain).sum(), [x_TD, made.weight])
     of = tokens("three documents and padding")
+    of.moment = Moment(micro_batch=1, micro_batches=2)
     rerun = checkpoint(weights, again, x_TD, of, use_reentrant=False)
     assert_same(torch.autograd.grad((rerun * rerun).sum(), [x_TD, again.weight]), wanted)
     for name in ("load_E", "sums", "seen_E", "steering.pending"):
         assert torch.equal(again.get_buffer(name), made.get_buffer(name)), name
-    assert made.load_E.sum() == TOP_K * len(of)
+    assert made.load_E.sum() == TOP_K * (len(of) + 3)
 
 
 def test_evaluation_counts_nothing_and_has_no_losses():
