@@ -46,7 +46,7 @@ ALL = (
     "ep=4",
     "tp=2,sequence_parallel=false",
     "dp_shard=2,ep=2",
-    "dp_shard=2,ep=2,dispatcher=allgather",
+    "dp_shard=2,ep=2,moe.text.dispatcher=allgather",
     "dp_shard=2,tp=2",
     "dp_replicate=2,dp_shard=2",
     "dp_replicate=2,ep=2",

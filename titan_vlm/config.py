@@ -222,9 +222,6 @@ class Parallelism:
         "Keep parameters, gradients and optimizer state in host memory and update them there; a "
         "block is on the GPU while it runs.",
     )
-    dispatcher: Literal["all_to_all", "allgather"] = setting(
-        "all_to_all", "With experts spread: how tokens reach them; allgather is the reference."
-    )
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ def parallelize(
 def apply_techniques(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
     """Each technique takes the model and returns it, from the inside of a block outwards."""
     model = tensor.apply(model, mesh, config.parallelism)
-    model = expert.apply(model, mesh, config.parallelism)
+    model = expert.apply(model, mesh)
     model = compile.apply(model, config.compile)
     model = activation_checkpoint.apply(model, config.activation_checkpoint)
     return fsdp.apply(model, mesh, config)

@@ -76,7 +76,7 @@ MESHES = (
     "ep=2,tp=2,training.micro_batch_size=2",
     "dp_shard=2,training.micro_batch_size=2",
     "ep=2,tp=2,expert_parallel_over_tp=true,training.micro_batch_size=2",
-    "ep=2,tp=2,sequence_parallel=false,dispatcher=allgather,training.micro_batch_size=2",
+    "ep=2,tp=2,sequence_parallel=false,moe.text.dispatcher=allgather,training.micro_batch_size=2",
     "ep=2,activation_checkpoint.mode=full,training.micro_batch_size=2",
     "pp=2",
     "pp=2,tp=2,pp_schedule=ZBVZeroBubble",

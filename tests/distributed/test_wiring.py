@@ -1,11 +1,14 @@
 """That a setting reaches the model: what parity cannot see, for it is the same either way."""
 
+import importlib.util
+
 import pytest
 import torch
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 from tests.small_run import Silent, small_config
 from titan_vlm import train
+from titan_vlm.errors import ConfigError
 from titan_vlm.models.layers import attention
 from titan_vlm.models.moe.exchange import AllGatherDispatcher, AllToAllDispatcher
 from titan_vlm.models.moe.layer import MoE
@@ -17,7 +20,7 @@ from titan_vlm.models.qwen3_vl import text
     [("all_to_all", AllToAllDispatcher), ("allgather", AllGatherDispatcher)],
 )
 def test_the_dispatcher_is_the_one_of_the_config(world, tmp_path, dispatcher, expected):
-    changes = {"parallelism__ep": "2", "parallelism__dispatcher": dispatcher}
+    changes = {"parallelism__ep": "2", "moe__text__dispatcher": dispatcher}
     assert world.run(2, dispatchers, tmp_path, changes) == [{expected.__name__}] * 2
 
 
@@ -109,3 +112,29 @@ def gathers_and_blocks(output, changes):
     finally:
         FSDPParamGroup.unshard = unshard
     return events
+
+
+@pytest.mark.parametrize(
+    ("dispatcher", "words"),
+    [
+        ("local", "parallelism.ep"),
+        ("deepep", "package deep_ep"),
+        ("hybridep", "package deep_ep"),
+        ("uccl_ep", "package uccl"),
+    ],
+)
+def test_a_dispatcher_that_cannot_run_here_is_refused_by_name(world, tmp_path, dispatcher, words):
+    changes = {"parallelism__ep": "2", "moe__text__dispatcher": dispatcher}
+    if dispatcher != "local" and importlib.util.find_spec(words.split()[-1]):
+        pytest.skip(f"{words} is installed")
+    for said in world.run(2, refusal, tmp_path, changes):
+        assert dispatcher in said and words in said and "all_to_all" in said
+        assert "\n" not in said
+
+
+def refusal(output, changes):
+    try:
+        train.prepare(small_config(output, **changes))
+    except ConfigError as error:
+        return str(error)
+    return ""

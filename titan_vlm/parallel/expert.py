@@ -13,17 +13,17 @@ from torch.distributed.tensor import Shard
 
 from titan_vlm import collectives
 from titan_vlm import mesh as views
-from titan_vlm.config import Parallelism
+from titan_vlm.errors import ConfigError
 from titan_vlm.mesh import Mesh
+from titan_vlm.models.moe import fused_exchange
+from titan_vlm.models.moe.config import RAGGED
 from titan_vlm.models.moe.exchange import AllGatherDispatcher, AllToAllDispatcher
 from titan_vlm.models.moe.layer import MoE
 from titan_vlm.models.moe.peers import Alone
 from titan_vlm.parallel.local import compute_locally, shard_parameter
 
-DISPATCHERS = {"all_to_all": AllToAllDispatcher, "allgather": AllGatherDispatcher}
 
-
-def apply(model: nn.Module, mesh: Mesh, config: Parallelism) -> nn.Module:
+def apply(model: nn.Module, mesh: Mesh) -> nn.Module:
     """Spread the experts of every MoE layer over `mesh.expert`; returns `model`."""
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     for layer in layers:
@@ -31,13 +31,35 @@ def apply(model: nn.Module, mesh: Mesh, config: Parallelism) -> nn.Module:
         layer.router.sequence_peers = _peers(mesh.tp)
     if views.size(mesh.expert) == 1:
         return model
-    dispatcher = DISPATCHERS[config.dispatcher](mesh.expert.get_group())
     for layer in layers:
-        layer.dispatcher = dispatcher
+        layer.dispatcher = make_dispatcher(layer, mesh.expert.get_group())
         for name, _ in list(layer.experts.named_parameters()):
             shard_parameter(layer.experts, name, mesh.expert, Shard(0))
         compute_locally(layer.experts, [Shard(0)])
     return model
+
+
+def make_dispatcher(layer: MoE, group: ProcessGroup):
+    """What brings the tokens of `layer` to the ranks of `group`, as its configuration says.
+
+    Raises:
+        ConfigError: no such dispatcher can run here; says why, and which can.
+    """
+    config, router = layer.router.config, layer.router
+    match config.dispatcher:
+        case "local":
+            raise ConfigError(
+                f'dispatcher = "local" of {router.name}: the experts are spread over '
+                f'{group.size()} ranks (parallelism.ep); use "all_to_all", or ep = 1'
+            )
+        case "all_to_all":
+            return AllToAllDispatcher(group)
+        case "allgather":
+            return AllGatherDispatcher(group)
+        case library:
+            most = router.num_experts if config.router in RAGGED else router.top_k
+            width = layer.experts.gate_up.shape[1]
+            return fused_exchange.make_dispatcher(library, group, width, most, config.fused)
 
 
 def _peers(view: DeviceMesh | None) -> Alone:

@@ -41,6 +41,32 @@ class Anneal:
 
 
 @dataclass(frozen=True)
+class FusedOptions:
+    """Of the dispatchers deepep, hybridep and uccl_ep, with the meaning of NeMo Automodel's
+    `TokenDispatcherConfig`."""
+
+    num_sms: int = setting(
+        0,
+        "Multiprocessors that the exchange occupies; 0: 20, and 24 with hybridep.",
+        at_least=0,
+    )
+    share_buffer: bool = setting(
+        True, "One communication buffer for all layers instead of one for each."
+    )
+    async_dispatch: bool = setting(
+        False,
+        "deepep and uccl_ep: exchange on the library's stream, into memory of that stream; the "
+        "layer's stream waits for it on the device.",
+    )
+    permute_fusion: bool = setting(
+        False, "hybridep: sort by expert in the kernel that exchanges instead of after it."
+    )
+    pad_multiple: int = setting(
+        32, "hybridep: each expert's rows are filled up to a multiple of it.", at_least=1
+    )
+
+
+@dataclass(frozen=True)
 class MoEConfig:
     # ---- experts
     experts: int = setting(
@@ -110,6 +136,16 @@ class MoEConfig:
         at_least=0,
         below=1,
     )
+    # ---- dispatch
+    dispatcher: Literal["local", "all_to_all", "allgather", "deepep", "hybridep", "uccl_ep"] = (
+        setting(
+            "all_to_all",
+            "How tokens reach experts on other ranks: pair by pair; all of them to all ranks (the "
+            "reference); by the libraries of these names; or local, with all experts on each rank, "
+            "as where nothing is spread.",
+        )
+    )
+    fused: FusedOptions = field(default_factory=FusedOptions)
     # ---- capacity
     capacity_factor: float = setting(
         0.0,

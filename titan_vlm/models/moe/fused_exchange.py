@@ -19,6 +19,7 @@ deep_ep/buffer.py; in version 2 it is the legacy buffer) and of `uccl.ep.Buffer`
 (github.com/uccl-project/uccl, ep/python/uccl_ep/buffer.py), which has the same signatures.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -116,10 +117,13 @@ class DeepEPDispatcher:
         x_RD, local = self.local.dispatch(x_AD, here)
         return x_RD, FusedState(local, handle)
 
-    def combine(self, y_RD: Tensor, state: FusedState) -> Tensor:
+    def combine(
+        self, y_RD: Tensor, state: FusedState, meanwhile: Callable[[], Tensor] | None = None
+    ) -> Tensor:
         """Bring the rows back and sum each token's: [T, D]."""
         y_AD = self.local.combine(y_RD, state.local)
-        return _Combine.apply(y_AD, state.handle, self.connection)
+        y_TD = _Combine.apply(y_AD, state.handle, self.connection)
+        return y_TD + meanwhile() if meanwhile else y_TD
 
 
 def to_table(routing: Routing, num_tokens: int, max_pairs: int) -> tuple[Tensor, Tensor]:

@@ -12,26 +12,8 @@ import torch
 from torch import Tensor
 
 from titan_vlm.errors import ConfigError
+from titan_vlm.models.moe.config import FusedOptions
 from titan_vlm.models.moe.layout import ALIGN
-
-
-@dataclass(frozen=True)
-class FusedOptions:
-    """What can be chosen, with the meaning of NeMo Automodel's `TokenDispatcherConfig`.
-
-    num_sms         multiprocessors that the exchange occupies; 0: 20, and 24 with hybridep
-    share_buffer    one communication buffer for all layers, not one for each
-    async_dispatch  deepep and uccl_ep: exchange on the library's stream, into memory of that
-                    stream; the layer's stream waits for it on the device
-    permute_fusion  hybridep: sort by expert in the kernel that exchanges, not in one after it
-    pad_multiple    hybridep: each expert's rows are filled up to a multiple of it
-    """
-
-    num_sms: int = 0
-    share_buffer: bool = True
-    async_dispatch: bool = False
-    permute_fusion: bool = False
-    pad_multiple: int = ALIGN
 
 
 @dataclass(frozen=True)
@@ -101,7 +83,11 @@ def choose_num_sms(name: str, options: FusedOptions) -> int:
     for field in fields(FusedOptions):
         shared = field.name in ("num_sms", "share_buffer")
         value = getattr(options, field.name)
-        if not shared and field.name not in library.options and value != field.default:
+        if (
+            not shared
+            and field.name not in library.options
+            and value != getattr(FusedOptions(), field.name)
+        ):
             owners = [other for other, its in LIBRARIES.items() if field.name in its.options]
             raise ConfigError(
                 f'{field.name} = {value}: dispatcher = "{name}" has no such choice; it is one of '

@@ -18,6 +18,7 @@ permutation fused into the exchange.
 """
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -100,9 +101,12 @@ class HybridEPDispatcher:
         )
         return x_RD, HybridState(layout, handle, num_tokens)
 
-    def combine(self, y_RD: Tensor, state: HybridState) -> Tensor:
+    def combine(
+        self, y_RD: Tensor, state: HybridState, meanwhile: Callable[[], Tensor] | None = None
+    ) -> Tensor:
         """Bring the rows back and sum each token's: [T, D]."""
-        return _Combine.apply(y_RD, state.handle, self.connection)[: state.num_tokens]
+        y_TD = _Combine.apply(y_RD, state.handle, self.connection)[: state.num_tokens]
+        return y_TD + meanwhile() if meanwhile else y_TD
 
 
 def _longest(num_tokens: int, device: torch.device, group: dist.ProcessGroup) -> int:
