@@ -1,0 +1,110 @@
+"""Routing through whole runs: what is reported, saved and refused."""
+
+import json
+
+import pytest
+import torch
+
+from tests.small_run import curve, run, run_killed, small_config
+from titan_vlm import train
+from titan_vlm.models.moe.layer import moe_layers
+
+STEERED = {
+    "checkpoint__export_hf": "false",
+    "moe__text__score": "sigmoid",
+    "moe__text__bias_update": "sign",
+    "moe__text__bias_speed": "0.05",
+    "moe__text__sequence_loss": "0.01",
+    "moe__text__capacity_factor": "0.7",
+    "metrics__log_every": "2",
+}
+
+
+def records(output):
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if "loss" in r]
+
+
+def state_of(output, **changes):
+    run = train.prepare(small_config(output, **changes))
+    run.loader.close()
+    torch.distributed.destroy_process_group()
+    return {name: x.clone() for name, x in run.model.state_dict().items()}
+
+
+def test_a_resumed_run_has_the_biases_and_counts_of_the_one_that_never_died(tmp_path):
+    assert run(tmp_path / "whole", **STEERED) == 0
+    run_killed(tmp_path / "killed", 3, **STEERED)  # between two reports
+    assert run(tmp_path / "killed", **STEERED) == 0
+    assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
+    for ours, theirs in zip(records(tmp_path / "killed"), records(tmp_path / "whole"), strict=True):
+        experts = [key for key in theirs if key.startswith("experts/")]
+        assert len(experts) > 9
+        assert {key: ours[key] for key in experts} == {key: theirs[key] for key in experts}
+    ours, theirs = state_of(tmp_path / "killed", **STEERED), state_of(tmp_path / "whole", **STEERED)
+    biases = [name for name in theirs if name.endswith("bias_E")]
+    assert len(biases) == 3
+    assert all(theirs[name].abs().max() > 0.005 for name in biases)
+    assert [name for name, x in theirs.items() if not torch.equal(ours[name], x)] == []
+
+
+def test_a_run_says_what_its_routers_do(tmp_path):
+    assert run(tmp_path, **STEERED) == 0
+    (first, *_, last) = records(tmp_path)
+    layers = [f"experts/text.layers.{i}" for i in (1, 2, 3)]
+    for record in (first, last):
+        for layer in layers:
+            assert 0 < record[f"{layer}/drop_rate"] < 1
+            assert 0 < record[f"{layer}/gate_entropy"] < 2.08  # log 8
+            assert record[f"{layer}/logit_rms"] > 0
+            loss = record[f"{layer}/sequence_loss"]
+            assert record[f"{layer}/balance_loss"] == pytest.approx(0.01 * loss)
+        wanted = sum(record[f"{layer}/balance_loss"] for layer in layers)
+        assert record["balance_loss"] == pytest.approx(wanted)
+
+
+def test_logits_that_are_not_finite_end_the_run_before_a_weight_changes(
+    tmp_path, monkeypatch, capsys
+):
+    steps = []
+
+    def poison(run, batches, targets):
+        if run.step == 2:
+            with torch.no_grad():
+                moe_layers(run.model)["text.layers.2"].router.weight.fill_(float("inf"))
+            steps.append({n: p.detach().clone() for n, p in run.model.named_parameters()})
+            steps.append(run.model)
+        return forward_backward(run, batches, targets)
+
+    forward_backward = train.forward_backward
+    monkeypatch.setattr(train, "forward_backward", poison)
+    assert run(tmp_path, checkpoint__export_hf="false") == 2
+    said = capsys.readouterr().err.strip()
+    assert "step 3: router logits of text.layers.2 and of 1 other layers are not finite" in said
+    before, model = steps
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_the_gates_of_a_bfloat16_run_are_gathered_in_float32(tmp_path):
+    run = train.prepare(small_config(tmp_path, training__dtype="bfloat16"))
+    seen = {}
+    for name, layer in moe_layers(run.model).items():
+        layer.router.register_forward_hook(
+            lambda module, args, out, name=name: seen.update(
+                {name: (module.weight.dtype, args[0].dtype, out.weights_P.dtype)}
+            )
+        )
+        layer.experts.register_forward_hook(
+            lambda module, args, out, name=name: seen.update({f"{name}.experts": module.down.dtype})
+        )
+    from tests.small_run import Silent
+
+    train.train_step(run, Silent())
+    run.loader.close()
+    torch.distributed.destroy_process_group()
+    assert len(seen) == 6
+    for name, dtypes in seen.items():
+        if name.endswith("experts"):
+            assert dtypes == torch.bfloat16
+        else:
+            assert dtypes == (torch.float32, torch.bfloat16, torch.float32)
