@@ -44,7 +44,7 @@ def test_a_resumed_run_has_the_biases_and_counts_of_the_one_that_never_died(tmp_
     ours, theirs = state_of(tmp_path / "killed", **STEERED), state_of(tmp_path / "whole", **STEERED)
     biases = [name for name in theirs if name.endswith("bias_E")]
     assert len(biases) == 3
-    assert all(theirs[name].abs().max() > 0.005 for name in biases)
+    assert max(theirs[name].abs().max() for name in biases) > 0.03
     assert [name for name, x in theirs.items() if not torch.equal(ours[name], x)] == []
 
 
