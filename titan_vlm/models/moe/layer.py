@@ -11,6 +11,7 @@ from titan_vlm.models.layers.mlp import SwiGLU
 from titan_vlm.models.moe.config import MoEConfig
 from titan_vlm.models.moe.dispatcher import LocalDispatcher
 from titan_vlm.models.moe.experts import Experts
+from titan_vlm.models.moe.placement import place
 from titan_vlm.models.moe.router import Router
 from titan_vlm.models.moe.tokens import Tokens
 
@@ -42,6 +43,7 @@ class MoE(nn.Module):
         if config.shared_width:
             self.shared = SharedExpert(width, config.shared_width, out or width, config.shared_gate)
         self.dispatcher = LocalDispatcher()
+        self.slots_E = self.replicas_E = None  # expert e in slot e; `set_slots` makes them buffers
 
     # The sizes of the groups depend on the data: a compiler would specialise on one batch's.
     @torch.compiler.disable
@@ -50,6 +52,7 @@ class MoE(nn.Module):
         with record_function("moe.route"):
             routing = self.router(x_TD, tokens)
         with record_function("moe.dispatch"):
+            routing = place(routing, self.slots_E, self.replicas_E)
             rows_RD, state = self.dispatcher.dispatch(x_TD, routing)
         with record_function("moe.experts"):
             rows_RD = self.experts(rows_RD, state.layout)
