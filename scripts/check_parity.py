@@ -33,6 +33,7 @@ from titan_vlm.assembly import assemble
 from titan_vlm.config import load_config
 from titan_vlm.errors import ConfigError
 from titan_vlm.models.layers.head import whole
+from titan_vlm.models.moe.placement import LogicalOrder
 from titan_vlm.parallelize import make_plan
 
 LIMITS = {"float64": 1e-9, "float32": 1e-4}
@@ -180,8 +181,10 @@ def record(words: list[str]) -> Trace:
 
 
 def gathered(run: train.Run, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Whole tensors of all stages, on rank 0."""
-    state = run.pipeline.whole_state(tensors) if run.pipeline else tensors
+    """Whole tensors of all stages, experts in logical order, on rank 0."""
+    slots = {name: b for name, b in run.model.named_buffers() if name.endswith("slots_E")}
+    state = LogicalOrder(tensors | slots)
+    state = run.pipeline.whole_state(state) if run.pipeline else state
     found = {}
     for name in state:
         tensor = whole(state[name])

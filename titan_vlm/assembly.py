@@ -12,6 +12,7 @@ from titan_vlm.config import Config
 from titan_vlm.data.images import VisualSpec, visual_spec
 from titan_vlm.data.processor_config import processor_configs
 from titan_vlm.data.tokenizer import load_tokenizer, visual_token_ids
+from titan_vlm.models.moe.placement import LogicalOrder
 from titan_vlm.models.registry import ModelSpec, model_config, model_spec
 
 
@@ -48,7 +49,7 @@ def export(
 ) -> None:
     """Write a Hugging Face directory; `options` are those of the family's `save_hf`."""
     parts.spec.save_hf(
-        state,
+        LogicalOrder(state),
         parts.dims,
         directory,
         tokenizer=parts.tokenizer,

@@ -38,6 +38,7 @@ from torch.distributed.tensor import DTensor
 
 from titan_vlm.models.inputs import Batch
 from titan_vlm.models.layers.head import Head
+from titan_vlm.models.moe.placement import LogicalOrder
 from titan_vlm.models.units import Unit
 from titan_vlm.parallel.schedules import Schedule
 
@@ -244,8 +245,11 @@ class Pipeline:
         return tensor
 
     def whole_state(self, state: Mapping[str, Tensor]) -> "WholeState":
-        """The parameters of all stages, by name, of which `state` has this rank's."""
-        return WholeState(self, state)
+        """The parameters of all stages, by name, of which `state` has this rank's.
+
+        Experts are in logical order: where they are placed, the rank that has them knows.
+        """
+        return WholeState(self, LogicalOrder(state))
 
 
 class WholeState(Mapping):

@@ -124,6 +124,12 @@ class Checkpointer:
         """Step of the newest complete checkpoint, or None."""
         return max(self.steps(), default=None)
 
+    def saved(self, step: int) -> set[str]:
+        """Names of the model's tensors in the checkpoint of a step."""
+        metadata = dcp.FileSystemReader(self._folder(step)).read_metadata()
+        names = metadata.state_dict_metadata
+        return {name.removeprefix("model.") for name in names if name.startswith("model.")}
+
     def load(
         self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> list[dict[str, Any]]:
