@@ -204,6 +204,17 @@ class Parallelism:
     expert_parallel_over_tp: bool = setting(
         False, "Spread the experts over ep x tp instead of ep alone."
     )
+    expert_placement: Literal["linear", "round_robin", "balanced"] = setting(
+        "linear",
+        "Which rank has which expert: neighbours together, in turn, or so that measured loads are "
+        "even, every eplb_interval steps.",
+    )
+    eplb_interval: int = setting(
+        0,
+        "With expert_placement balanced: steps after which experts, with their optimizer state, "
+        "move to other ranks if that evens the load.",
+        at_least=0,
+    )
     sequence_parallel: bool = setting(
         True, "With tp: between the products each rank holds its part of the sequence only."
     )
@@ -340,6 +351,13 @@ def _conflicts(config: Config) -> Iterator[str]:
             yield f"data.{low}: expected at most data.{high} ({most}), got {least}"
 
     yield from moe_conflicts(config.moe)
+    kind, interval = config.parallelism.expert_placement, config.parallelism.eplb_interval
+    if (kind == "balanced") != bool(interval):
+        expected = "a number of steps" if kind == "balanced" else "0"
+        yield (
+            f"parallelism.eplb_interval: expected {expected} with expert_placement = "
+            f'"{kind}", got {interval}'
+        )
 
     rows, micro = training.global_batch_size, training.micro_batch_size
     if rows % micro:

@@ -37,6 +37,7 @@ from titan_vlm.models.init import init_weights
 from titan_vlm.models.inputs import Batch
 from titan_vlm.models.layers.head import Head
 from titan_vlm.models.moe.tokens import Moment
+from titan_vlm.parallel import placement
 from titan_vlm.parallel.local import tie, tied_parameters
 from titan_vlm.parallel.pipeline import Pipeline
 from titan_vlm.parallelize import make_plan, parallelize
@@ -138,6 +139,7 @@ def prepare(config: Config) -> "Run":
         routing.all_layers(whole),
     )
     resume(run)
+    place_experts(run)
     write_config(output, config)  # last: a run that is refused must not change the one it met
     return run
 
@@ -191,6 +193,10 @@ def train_step(run: Run, metrics: MetricsLogger) -> None:
     run.optimizer.step()
     run.optimizer.zero_grad()
     run.step += 1
+    if due(run.step, run.config.parallelism.eplb_interval):
+        figures = routing.collect(run.model, run.moe_layers, run.mesh, run.device, reset=False)
+        loads = {name: layer.load_E for name, layer in figures.items()}
+        placement.rebalance(run.model, run.optimizer, run.mesh, loads)
     report_step(run, metrics, counts, loss, norm, rates)
 
 
@@ -385,6 +391,8 @@ def resume(run: Run) -> None:
     step = run.checkpointer.latest()
     if step is None:
         return
+    if any(name.endswith("slots_E") for name in run.checkpointer.saved(step)):
+        placement.register(run.model)  # experts have moved
     ranks = run.checkpointer.load(step, run.model, run.optimizer)
     run.loader.load_state_dict(merge_states([rank["loader"] for rank in ranks]))
     if run.mesh.tokens.get_local_rank() == 0:  # the counters of all are summed when reported
@@ -392,6 +400,16 @@ def resume(run: Run) -> None:
             routing.add_counters(run.model, rank["routing"])
     run.step = step
     logger.info("resumed at step %d", step)
+
+
+def place_experts(run: Run) -> None:
+    """Bring the experts to the ranks that `parallelism.expert_placement` names, from wherever the
+    initial weights or a checkpoint have them."""
+    kind = run.config.parallelism.expert_placement
+    if kind != "linear":
+        placement.register(run.model)
+    if kind != "balanced":
+        placement.arrange(run.model, run.optimizer, run.mesh, kind)
 
 
 def export_hf(run: Run) -> None:

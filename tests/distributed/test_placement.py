@@ -14,7 +14,7 @@ from scripts import convert
 from scripts.check_parity import error
 from tests.small_run import Silent, small_config, weights
 from titan_vlm import distributed, train
-from titan_vlm.config import Checkpoint, Parallelism
+from titan_vlm.config import Checkpoint
 from titan_vlm.mesh import build_mesh
 from titan_vlm.models.init import init_weights
 from titan_vlm.models.layers.head import whole
@@ -88,7 +88,7 @@ TWO = (4, 1.6, 1.0)
 FOUR = (2, 2.4, 1.4)
 MESHES = {
     "ep=2": TWO,
-    "ep=2,dispatcher=allgather": TWO,
+    "ep=2,moe.text.dispatcher=allgather": TWO,
     "dp_shard=2,ep=2": TWO,
     "ep=2,tp=2": TWO,
     "ep=2,tp=2,expert_parallel_over_tp=true": FOUR,
@@ -355,8 +355,8 @@ def spread_layer(layer: MoE, dispatcher="all_to_all"):
     degrees = dict.fromkeys(AXES, 1) | {"ep": ranks}
     mesh = build_mesh("cpu", degrees, False)
     model = nn.ModuleDict({"moe": layer})
-    config = Parallelism(ep=ranks, dispatcher=dispatcher)
-    return expert.apply(model, mesh, config), mesh
+    layer.router.config = replace(layer.router.config, dispatcher=dispatcher)
+    return expert.apply(model, mesh), mesh
 
 
 @pytest.mark.parametrize("dispatcher", ["all_to_all", "allgather"])
@@ -462,3 +462,49 @@ def layer_with_replicas(load_E, slots):
     out = layer(hidden_of(dist.get_rank()), tokens_of([TOKENS]))
     assert isinstance(layer.experts.down, DTensor)
     return {"out": out, "pairs": rows[0], "slots": len(layer.experts.down.to_local())}
+
+
+# ---------------------------------------------------------------------------- as a setting
+
+
+def test_a_run_that_moves_experts_is_resumed_on_another_mesh(world, tmp_path):
+    """Balanced every two steps on ep = 2, killed, then linear on one process: the same weights as
+    of a run that never moved anything."""
+    placed = {"parallelism__expert_placement": "balanced", "parallelism__eplb_interval": "2"}
+    changes = {"training__dtype": "float64", "training__steps": "6", "checkpoint__every": "0"}
+    changes |= {"checkpoint__export_dtype": "float64"}
+    ep = {"parallelism__ep": "2"}
+    moved = world.run(2, train_until, tmp_path / "moved", changes | ep | placed, 3)
+    assert moved[0] and moved[0] == moved[1]  # some expert changed ranks
+    world.run(1, train_until, tmp_path / "moved", changes | {"training__micro_batch_size": "2"}, 6)
+    world.run(1, train_until, tmp_path / "still", changes | {"training__micro_batch_size": "2"}, 6)
+    ours, theirs = (weights(tmp_path / name) for name in ("moved", "still"))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def train_until(output, changes, step):
+    """Train and save; at the last step also export. Returns whether experts lie elsewhere."""
+    run = train.prepare(small_config(output, **changes))
+    while run.step < step:
+        train.train_step(run, Silent())
+    train.save(run)
+    if step == run.config.training.steps:
+        train.export_hf(run)
+    run.loader.close()
+    tables = [layer.slots_E for layer in moe_layers(run.model).values()]
+    return [t.tolist() for t in tables if t is not None and t.tolist() != list(range(len(t)))]
+
+
+def test_round_robin_from_the_first_step_trains_the_same(world, tmp_path):
+    changes = {"training__dtype": "float64", "training__steps": "3", "parallelism__ep": "2"}
+    changes |= {"checkpoint__export_dtype": "float64", "checkpoint__every": "0"}
+    robin = changes | {"parallelism__expert_placement": "round_robin"}
+    assert (
+        world.run(2, train_until, tmp_path / "robin", robin, 3)[0]
+        == [[0, 4, 1, 5, 2, 6, 3, 7]] * MOE_LAYERS
+    )
+    world.run(2, train_until, tmp_path / "linear", changes, 3)
+    ours, theirs = (weights(tmp_path / name) for name in ("robin", "linear"))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-9, atol=1e-12, msg=name)

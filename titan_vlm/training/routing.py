@@ -97,9 +97,9 @@ class Figures:
 
 @torch.no_grad()
 def collect(
-    model: nn.Module, layers: Layers, mesh: Mesh, device: torch.device
+    model: nn.Module, layers: Layers, mesh: Mesh, device: torch.device, reset: bool = True
 ) -> dict[str, Figures]:
-    """Each layer's figures since this was last asked for."""
+    """Each layer's figures since they were last `reset`."""
     if not layers:
         return {}
     here = counters(model)
@@ -107,7 +107,7 @@ def collect(
     empty = [torch.zeros(size, dtype=torch.float64, device=device) for size in sizes]
     flat = torch.cat([here.get(name, zeros) for name, zeros in zip(layers, empty, strict=True)])
     flat = distributed.sum_over(mesh.pp, distributed.sum_over(mesh.tokens, flat)).cpu()
-    for router in routers_of(model).values():
+    for router in routers_of(model).values() if reset else ():
         router.load_E.zero_()
         router.sums.zero_()
     figures = {}
