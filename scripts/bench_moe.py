@@ -4,14 +4,14 @@
     eager        transformers' sparse block of Qwen3-VL-MoE, a loop over the experts
     grouped_mm   the same block, its experts as grouped matmuls
     torchtitan   TorchTitan's MoE layer, where it is installed. Its experts compute in bfloat16
-                 whatever the weights are, so it has no float32 rows. It may live in an environment
-                 of its own (`--peer-python`); it always runs in a process of its own.
+                 whatever the weights are, so it has no float32 rows. `--peer-python` names the
+                 interpreter of the environment that has it.
     dense        a SwiGLU of width K * F: as many FLOPs, no routing. The limit of all of them.
 
-Before anything is timed every peer's output and input gradient must equal ours. The sides take
-turns, so that a noisy machine hits all alike, and figures are medians. Every step has tokens of its
-own, as in training: the experts' loads change from step to step, and with them the shapes for
-which a CPU's matmul library would otherwise have its kernels ready.
+Before anything is timed every peer's output and input gradient must equal ours. The sides, each in
+a process of its own (`moe_sides.py`), take turns, so that a noisy machine hits all alike; figures
+are medians. Every step has tokens of its own, as in training: the experts' loads change from step
+to step, and with them the shapes for which a CPU's matmul library has its kernels ready.
 
 On CPU: T 512 to 16,384, D = F = 256, and 8, 32 and 128 experts with the top-k of published models
 of that size (Mixtral 2, gpt-oss 4, Qwen3 8). With `--device cuda`: Qwen3-VL-30B-A3B's layer and the
@@ -21,41 +21,25 @@ A ratio is the side's time over ours: above 1, ours is faster. The last line is 
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import subprocess
 import sys
 import tempfile
-import warnings
-from collections.abc import Callable
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
 import torch
-import transformers
-from moe_work import (
-    Seconds,
-    Shape,
-    Side,
-    Weights,
-    make_tokens,
-    make_weights,
-    mark,
-    output_and_gradient,
-    time_step,
-)
+from moe_sides import SIDES, Seconds, Shape, make_tokens, make_weights, mark
 from torch import Tensor
 
-from titan_vlm.distributed import tune_cpu
-from titan_vlm.models.layers.mlp import SwiGLU
-from titan_vlm.models.moe.layer import MoE
-
 TOP_K = {8: 2, 32: 4, 128: 8}
-WARM_UP = 3
+WARM_UP = 10  # steps, until the kernels of the usual shapes are compiled
 EXACT, LOW = 1e-4, 3e-2  # largest error over largest value: experts in float32, in bfloat16
-SIDES = ("ours", "eager", "grouped_mm", "torchtitan", "dense")
 CUDA_SHAPES = [
     Shape(16384, 2048, 768, 128, 8),
     Shape(32768, 2048, 768, 128, 8),
@@ -68,24 +52,22 @@ CUDA_SHAPES = [
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
     device, steps = arguments.device, 2 if arguments.quick else arguments.steps
-    warnings.filterwarnings("ignore")
-    transformers.utils.logging.set_verbosity_error()
-    tune_cpu()
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as our trainer has it, for all sides
     print(machine(device))
-    peer = start_titan(arguments.peer_python)
+    sides = start(arguments.peer_python)
     try:
         shapes, dtypes = work(arguments)
         for shape in {replace(s, tokens=min(512, s.tokens)): None for s in shapes}:
-            check_equal(shape, device, peer)
+            check_equal(shape, device, sides)
         table = []
         print(heading(device))
         for dtype in dtypes:
             for shape in shapes:
-                table.append(measure(shape, dtype, device, steps, peer))
+                table.append(measure(shape, dtype, device, steps, sides))
                 print(as_line(table[-1], device), flush=True)
     finally:
-        if peer:
-            peer.close()
+        for side in sides.values():
+            side.close()
     print(json.dumps({"machine": machine(device), "rows": table}))
 
 
@@ -97,7 +79,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=256, help="D")
     parser.add_argument("--hidden", type=int, default=256, help="F")
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
-    parser.add_argument("--steps", type=int, default=7, help="measured steps of each side")
+    parser.add_argument("--steps", type=int, default=5, help="measured steps of each side")
     parser.add_argument(
         "--peer-python", default=sys.executable, help="the Python that has torchtitan"
     )
@@ -105,18 +87,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def work(arguments: argparse.Namespace) -> tuple[list[Shape], list[torch.dtype]]:
+def work(arguments: argparse.Namespace) -> tuple[list[Shape], list[str]]:
     if arguments.quick:
-        return [Shape(256, 64, 64, 8, 2, skewed) for skewed in (False, True)], [torch.float32]
+        return [Shape(256, 64, 64, 8, 2, skewed) for skewed in (False, True)], ["float32"]
     if arguments.device == "cuda":
-        return CUDA_SHAPES, [torch.bfloat16]
+        return CUDA_SHAPES, ["bfloat16"]
     shapes = [
         Shape(tokens, arguments.width, arguments.hidden, experts, TOP_K[experts], skewed)
         for experts in arguments.experts
         for skewed in (False, True)
         for tokens in arguments.tokens
     ]
-    return shapes, [getattr(torch, name) for name in arguments.dtype]
+    return shapes, arguments.dtype
 
 
 def machine(device: str) -> str:
@@ -125,7 +107,7 @@ def machine(device: str) -> str:
         name = torch.cuda.get_device_name()
     else:
         name = f"{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    return f"{name}, torch {torch.__version__}, transformers {transformers.__version__}"
+    return f"{name}, torch {torch.__version__}, transformers {version('transformers')}"
 
 
 def cpu_name() -> str:
@@ -136,60 +118,19 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-# ---------------------------------------------------------------------------- the sides
+# ---------------------------------------------------------------------------- the processes
 
 
-def our_side(shape: Shape, weights: Weights, dtype: torch.dtype, device: str) -> Side:
-    """The only place that knows how our layer is built and called."""
-    with torch.device(device):
-        layer = MoE(shape.width, shape.hidden, shape.experts, shape.top_k).to(dtype)
-        index_T = torch.arange(shape.tokens)
-    with torch.no_grad():
-        layer.router.weight.copy_(weights.router_ED)
-        layer.experts.gate_up.copy_(torch.cat((weights.gate_EFD, weights.up_EFD), 1).mT)
-        layer.experts.down.copy_(weights.down_EDF.mT)
-    return Side(lambda x_TD: layer(x_TD, index_T), list(layer.parameters()))
+class Process:
+    """One side in a process of its own; `moe_sides.py` has the protocol."""
 
-
-def transformers_side(
-    kind: str,
-    shape: Shape,
-    weights: Weights,
-    dtype: torch.dtype,
-    device: str,
-    experts_dtype: torch.dtype | None = None,
-) -> Side:
-    from transformers.models.qwen3_vl_moe import modeling_qwen3_vl_moe as modeling
-
-    config = transformers.models.qwen3_vl_moe.Qwen3VLMoeTextConfig(
-        hidden_size=shape.width,
-        moe_intermediate_size=shape.hidden,
-        num_experts=shape.experts,
-        num_experts_per_tok=shape.top_k,
-        experts_implementation=kind,
-    )
-    with torch.device(device):
-        block = modeling.Qwen3VLMoeTextSparseMoeBlock(config).to(dtype)
-    block.experts.to(experts_dtype or dtype)
-    with torch.no_grad():
-        block.gate.weight.copy_(weights.router_ED)
-        block.experts.gate_up_proj.copy_(torch.cat((weights.gate_EFD, weights.up_EFD), 1))
-        block.experts.down_proj.copy_(weights.down_EDF)
-    return Side(lambda x_TD: block(x_TD.unsqueeze(0)).squeeze(0), list(block.parameters()))
-
-
-def dense_side(shape: Shape, dtype: torch.dtype, device: str) -> Side:
-    with torch.device(device):
-        mlp = SwiGLU(shape.width, shape.top_k * shape.hidden).to(dtype)
-    return Side(mlp, list(mlp.parameters()))
-
-
-class TitanPeer:
-    """TorchTitan's layer in its own process; the protocol is in `titan_peer.py`."""
-
-    def __init__(self, python: str):
+    def __init__(self, name: str, python: str):
+        self.name = name
+        root = Path(__file__).parents[1]
+        paths = [str(root), os.environ.get("PYTHONPATH", "")]
         self.process = subprocess.Popen(
-            [python, str(Path(__file__).with_name("titan_peer.py"))],
+            [python, str(root / "scripts" / "moe_sides.py"), name],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -204,120 +145,107 @@ class TitanPeer:
         except BrokenPipeError:
             answer = {"error": "it ended"}
         if "error" in answer:
-            raise RuntimeError(answer["error"])
+            raise RuntimeError(f"{self.name}: {answer['error']}")
         return answer
 
-    def build(self, shape: Shape, dtype: torch.dtype, device: str, steps: int) -> None:
-        self.ask(
-            build=asdict(shape),
-            dtype=str(dtype).removeprefix("torch."),
-            device=device,
-            steps=steps,
-            threads=torch.get_num_threads(),
-        )
+    def build(self, shape: Shape, dtype: str, experts_dtype: str, device: str) -> None:
+        self.ask(build=asdict(shape), dtype=dtype, experts_dtype=experts_dtype, device=device)
 
     def output_and_gradient(self) -> Tensor:
+        """[2, T, D]"""
         with tempfile.TemporaryDirectory() as folder:
             path = f"{folder}/saved.pt"
             self.ask(save=path)
             return torch.load(path)
 
     def close(self) -> None:
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
 
 
-def start_titan(python: str) -> TitanPeer | None:
-    """None, and a line that says why, where it cannot be imported."""
+def start(peer_python: str) -> dict[str, Process]:
+    """All sides; without TorchTitan's, and with a line that says why, where that is not there."""
+    sides = {name: Process(name, sys.executable) for name in SIDES if name != "torchtitan"}
     try:
-        peer = TitanPeer(python)
+        peer = Process("torchtitan", peer_python)
     except OSError as error:
         print(f"torchtitan is left out: {error}")
-        return None
+        return sides
     try:
-        peer.build(Shape(8, 16, 16, 4, 2), torch.float32, "cpu", 1)
-        return peer
+        peer.build(Shape(8, 16, 16, 4, 2), "float32", "float32", "cpu")
+        return sides | {"torchtitan": peer}
     except RuntimeError as error:
         peer.close()
         print(
-            f"torchtitan is left out ({error}): install it, best in an environment of its own, "
-            f"and name that one's Python with --peer-python"
+            f"{error}; it is left out. Install it, best in an environment of its own, and name "
+            f"that one's Python with --peer-python"
         )
-        return None
+        return sides
 
 
 # ---------------------------------------------------------------------------- measuring
 
 
-def check_equal(shape: Shape, device: str, peer: TitanPeer | None) -> None:
-    """Every peer's output and input gradient are ours; routers in float32, experts where they can.
+def check_equal(shape: Shape, device: str, sides: dict[str, Process]) -> None:
+    """Every peer computes what ours does; routers in float32, experts where they have a kernel.
 
     Raises:
-        RuntimeError: they are not: the sides would not do the same work.
+        RuntimeError: one does not: the sides would not do the same work.
     """
-    weights, dtype = make_weights(shape, device), torch.float32
-    x_TD = make_tokens(shape, 0, dtype, device)
-    ours = output_and_gradient(our_side(shape, weights, dtype, device), x_TD).cpu()
-    theirs, limits = {}, {name: EXACT for name in SIDES}
-    for kind in ("eager", "grouped_mm"):
-        low = torch.bfloat16 if kind == "grouped_mm" and device == "cuda" else None  # its kernel
-        limits[kind] = LOW if low else EXACT
-        side = transformers_side(kind, shape, weights, dtype, device, experts_dtype=low)
-        theirs[kind] = output_and_gradient(side, x_TD).cpu()
-    if peer:
-        limits["torchtitan"] = LOW
-        peer.build(shape, dtype, device, 1)
-        theirs["torchtitan"] = peer.output_and_gradient()
-    for name, values in theirs.items():
-        for what, a, b in zip(("output", "input gradient"), values, ours, strict=True):
-            error = ((a - b).abs().max() / b.abs().max()).item()
-            if not error < limits[name]:
-                raise RuntimeError(f"{shape}: the {what} of {name} is off ours by {error:.1e}")
+    low = {"torchtitan"} | ({"grouped_mm"} if device == "cuda" else set())
+    computed = {}
+    for name in (name for name in sides if name != "dense"):
+        sides[name].build(shape, "float32", "bfloat16" if name in low else "float32", device)
+        computed[name] = sides[name].output_and_gradient()
+    ours = computed.pop("ours")
+    for name, values in computed.items():
+        compare(name, values, ours, LOW if name in low else EXACT)
 
 
-def measure(
-    shape: Shape, dtype: torch.dtype, device: str, steps: int, peer: TitanPeer | None
-) -> dict:
-    """One row: median seconds of each side."""
-    weights, total = make_weights(shape, device), steps + WARM_UP
-    tokens = [make_tokens(shape, i, dtype, device) for i in range(total)]
-    sides = {
-        "ours": our_side(shape, weights, dtype, device),
-        "eager": transformers_side("eager", shape, weights, dtype, device),
-        "grouped_mm": transformers_side("grouped_mm", shape, weights, dtype, device),
-        "dense": dense_side(shape, dtype, device),
-    }
-    logits_TE = tokens[0].float() @ weights.router_ED.t()
-    load_E = logits_TE.topk(shape.top_k).indices.flatten().bincount(minlength=shape.experts)
-    del weights
+def compare(name: str, values: Tensor, ours: Tensor, limit: float) -> None:
+    """`values` and `ours`: output and input gradient, [2, T, D]."""
+    for what, a, b in zip(("output", "input gradient"), values, ours, strict=True):
+        error = ((a - b).abs().max() / b.abs().max()).item()
+        if not error < limit:
+            raise RuntimeError(f"the {what} of {name} is off ours by {error:.1e}: nothing is timed")
 
-    steppers: dict[str, Callable[[int], Seconds]] = {
-        name: lambda i, side=side: time_step(side, tokens[i]) for name, side in sides.items()
-    }
-    if peer and dtype == torch.bfloat16:
-        peer.build(shape, dtype, device, total)
-        steppers["torchtitan"] = lambda i: Seconds(**peer.ask(step=i))
-    seconds = interleaved(steppers, total)
+
+def measure(shape: Shape, dtype: str, device: str, steps: int, sides: dict[str, Process]) -> dict:
+    """One row: the median step of each side."""
+    # Their experts always compute in bfloat16: in float32 they would do other work.
+    sides = {n: s for n, s in sides.items() if n != "torchtitan" or dtype == "bfloat16"}
+    for side in sides.values():
+        side.build(shape, dtype, dtype, device)
+        side.ask(warm_up=WARM_UP, seconds=2.0)
+    seconds = interleaved(sides, steps)
     return {
         **asdict(shape),
-        "dtype": str(dtype).removeprefix("torch."),
-        "busiest_over_mean": (load_E.max() / load_E.double().mean()).item(),
+        "dtype": dtype,
+        "busiest_over_mean": busiest_over_mean(shape, device),
         "ms": {name: taken.both * 1e3 for name, taken in seconds.items()},
         "ratio": {name: taken.both / seconds["ours"].both for name, taken in seconds.items()},
         "tflops": {name: rates(shape, taken) for name, taken in seconds.items()},
     }
 
 
-def interleaved(steppers: dict[str, Callable[[int], Seconds]], total: int) -> dict[str, Seconds]:
-    """The median step of each after `WARM_UP`; everyone's step i comes before anyone's i + 1."""
-    taken: dict[str, list[Seconds]] = {name: [] for name in steppers}
-    for i in range(total):
-        for name, step in steppers.items():
-            taken[name].append(step(i))
+def interleaved(sides: dict[str, Process], steps: int) -> dict[str, Seconds]:
+    """The median step of each; everyone's step i comes before anyone's step i + 1."""
+    taken: dict[str, list[Seconds]] = {name: [] for name in sides}
+    for i in range(steps):
+        for name, side in sides.items():
+            taken[name].append(Seconds(**side.ask(step=i)))
     return {
-        name: sorted(steps[WARM_UP:], key=lambda seconds: seconds.both)[(total - WARM_UP) // 2]
-        for name, steps in taken.items()
+        name: sorted(all_, key=lambda seconds: seconds.both)[steps // 2]
+        for name, all_ in taken.items()
     }
+
+
+def busiest_over_mean(shape: Shape, device: str) -> float:
+    x_TD = make_tokens(shape, 0, torch.float32, device)
+    logits_TE = x_TD @ make_weights(shape, device).router_ED.t()
+    load_E = logits_TE.topk(shape.top_k).indices.flatten().bincount(minlength=shape.experts)
+    return (load_E.max() / load_E.double().mean()).item()
 
 
 # ---------------------------------------------------------------------------- the table

@@ -1,12 +1,11 @@
 """The benchmark's bookkeeping: what is timed, what is left out, and what the batch holds."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
 
-from scripts import bench_moe, bench_train
+from scripts import bench_moe, bench_train, moe_sides
 from titan_vlm.models.inputs import IGNORE_LABEL
 
 CPU = torch.device("cpu")
@@ -46,12 +45,13 @@ def test_cuda_measures_the_layer_of_30b_a3b():
     assert (text.num_experts, text.num_experts_per_tok) == (128, 8)
 
 
+@pytest.mark.slow
 def test_moe_table_has_every_side_that_is_there(capsys):
     bench_moe.main(["--quick", "--peer-python", "/no/such/python"])
     *lines, last = capsys.readouterr().out.splitlines()
     assert any("torchtitan is left out: " in line for line in lines)
     heading = next(line for line in lines if line.startswith("| T"))
-    for side in bench_moe.SIDES:
+    for side in moe_sides.SIDES:
         assert f"| {side} " in heading
     rows = json.loads(last)["rows"]
     assert [row["skewed"] for row in rows] == [False, True]
@@ -65,35 +65,58 @@ def test_moe_table_has_every_side_that_is_there(capsys):
 SHAPE = bench_moe.Shape(tokens=40, width=32, hidden=16, experts=8, top_k=2)
 
 
-@pytest.mark.parametrize("matrix", ["router_ED", "gate_EFD", "up_EFD", "down_EDF"])
-def test_moe_sides_that_do_other_work_are_never_timed(matrix, monkeypatch):
-    def other_side(shape, weights, dtype, device):
-        values = getattr(weights, matrix).clone()
-        values[0] *= 1.01
-        return our_side(shape, replace(weights, **{matrix: values}), dtype, device)
+def output_and_gradient(name: str, weights: moe_sides.Weights) -> torch.Tensor:
+    side = moe_sides.SIDES[name](SHAPE, weights, torch.float32, torch.float32, "cpu")
+    return moe_sides.output_and_gradient(
+        side, moe_sides.make_tokens(SHAPE, 0, torch.float32, "cpu")
+    )
 
-    our_side = bench_moe.our_side
-    bench_moe.check_equal(SHAPE, "cpu", None)
-    monkeypatch.setattr(bench_moe, "our_side", other_side)
+
+@pytest.mark.parametrize("matrix", ["router_ED", "gate_EFD", "up_EFD", "down_EDF"])
+@pytest.mark.parametrize("name", ["eager", "grouped_mm"])
+def test_moe_sides_are_equal_and_a_hundredth_off_in_one_expert_is_found(name, matrix):
+    weights = moe_sides.make_weights(SHAPE, "cpu")
+    ours = output_and_gradient("ours", weights)
+    bench_moe.compare(name, output_and_gradient(name, weights), ours, bench_moe.EXACT)
+    getattr(weights, matrix)[3] *= 1.01
+    with pytest.raises(RuntimeError, match=f"{name} is off ours by"):
+        bench_moe.compare(name, output_and_gradient(name, weights), ours, bench_moe.EXACT)
+
+
+def test_moe_sides_are_compared_before_any_is_timed(monkeypatch):
+    class Side:
+        def __init__(self, value: float):
+            self.value = value
+
+        def build(self, *_) -> None:
+            pass
+
+        def output_and_gradient(self) -> torch.Tensor:
+            return torch.full((2, 1, 1), self.value)
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(bench_moe, "start", lambda _: {"ours": Side(1.0), "eager": Side(1.001)})
     monkeypatch.setattr(bench_moe, "measure", lambda *_: pytest.fail("timed"))
-    with pytest.raises(RuntimeError, match="is off ours by"):
+    with pytest.raises(RuntimeError, match="the output of eager is off ours by 1.0e-03"):
         bench_moe.main(["--quick"])
 
 
 def test_moe_sides_take_turns_and_the_median_step_counts():
     order = []
 
-    def side(name: str, seconds: list[float]):
-        def step(i: int) -> bench_moe.Seconds:
-            order.append((name, i))
-            return bench_moe.Seconds(seconds[i], seconds[i] / 2)
+    class Side:
+        def __init__(self, name: str, seconds: list[float]):
+            self.name, self.seconds = name, seconds
 
-        return step
+        def ask(self, step: int) -> dict[str, float]:
+            order.append((self.name, step))
+            return {"forward": self.seconds[step], "backward": self.seconds[step] / 2}
 
-    first = [9.0] * bench_moe.WARM_UP
-    steppers = {"a": side("a", [*first, 3.0, 1.0, 2.0]), "b": side("b", [*first, 5.0, 5.0, 4.0])}
-    taken = bench_moe.interleaved(steppers, bench_moe.WARM_UP + 3)
+    sides = {"a": Side("a", [4.0, 1.0, 2.0]), "b": Side("b", [5.0, 5.0, 4.0])}
+    taken = bench_moe.interleaved(sides, 3)
     assert (taken["a"].both, taken["b"].both) == (3.0, 7.5)
-    assert order == [(name, i) for i in range(bench_moe.WARM_UP + 3) for name in "ab"]
-    forward, backward = bench_moe.rates(SHAPE, bench_moe.Seconds(1e-12, 1e-12))
-    assert (forward, backward) == (6 * 80 * 32 * 16, 12 * 80 * 32 * 16)
+    assert order == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2)]
+    rates = bench_moe.rates(SHAPE, bench_moe.Seconds(1e-12, 1e-12))
+    assert rates == (6 * 80 * 32 * 16, 12 * 80 * 32 * 16)
