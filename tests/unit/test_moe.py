@@ -132,7 +132,7 @@ def test_groups_are_aligned_and_pairs_lie_in_their_experts_group(monkeypatch):
     routing = Routing(torch.arange(7), experts, torch.arange(1.0, 8.0), EXPERTS)
     for kind in ("uniform", "ragged"):
         force(monkeypatch, kind)
-        layout = make_layout(routing)
+        layout = make_layout(routing, torch.bfloat16)
         assert (layout.group is not None) == (kind == "uniform")
         ends = layout.ends_E.tolist()
         assert all(end % ALIGN == 0 for end in ends)

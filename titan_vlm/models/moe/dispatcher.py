@@ -86,7 +86,7 @@ class LocalDispatcher:
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, LocalState]:
         """Copy each pair's token to its row of its expert's group; `layout.py` has the order."""
-        layout = make_layout(routing)
+        layout = make_layout(routing, x_TD.dtype)
         rows = make_rows(layout.source_R, layout.rows_P, routing.token_ids_P, x_TD.shape[0])
         return rows.spread(x_TD), LocalState(layout, rows)
 

@@ -9,9 +9,11 @@ Two layouts, E = 3 experts, ALIGN = 4, counts (5, 1, 4), `x` a pair's row, `.` a
     ragged    xxxxx... x... xxxx          ends_E = [8, 12, 16]    groups as long as they must be
     uniform   xxxxx... x....... xxxx....  C = 8                   every group as long as the longest
 
-The uniform layout is one batched matmul. On CPU that costs a third of the overhead of a grouped
-one, as long as the longest group is not much longer than the average. It needs the counts on the
-host, free on a CPU, a device wait elsewhere; there the layout is always ragged.
+The uniform layout is one batched matmul, the ragged one a loop over the experts. On CPU the loop
+costs each expert as much time as some more rows would: about 64 in bfloat16, whose matmuls are fast
+and repack the weights, under 8 in float32. Uniform is chosen where it has fewer fillers than that
+to spare. It needs the counts on the host, free on a CPU, a device wait elsewhere; there the layout
+is always ragged.
 
 A filler row copies row 0 of the tokens and has weight 0, which makes its output and every
 gradient that flows through it exactly zero: no buffer needs to be cleared.
@@ -25,8 +27,8 @@ from torch import Tensor
 from titan_vlm.models.moe.routing import Routing
 
 ALIGN = 32
-# Uniform pays (longest / mean) times the flops; above this factor the ragged layout wins.
-MAX_UNIFORM_WASTE = 2.0
+# Rows that the uniform layout may have more than the ragged one, per expert in use, in bfloat16.
+MAX_UNIFORM_WASTE = 64
 
 
 @dataclass
@@ -47,12 +49,12 @@ class Layout:
     group: int | None
 
 
-def make_layout(routing: Routing) -> Layout:
-    """Lay out the pairs of `routing` for its experts."""
+def make_layout(routing: Routing, dtype: torch.dtype) -> Layout:
+    """Lay out the pairs of `routing` for its experts, which compute in `dtype`."""
     experts, num_pairs = routing.expert_ids_P, routing.expert_ids_P.numel()
     counts_E = routing.counts_E
     padded_E = (counts_E + (ALIGN - 1)) // ALIGN * ALIGN
-    group = _uniform_group(padded_E, num_pairs)
+    group = _uniform_group(padded_E, num_pairs, dtype)
     if group is not None:
         padded_E = torch.full_like(counts_E, group)
     ends_E = padded_E.cumsum(0)
@@ -69,12 +71,16 @@ def make_layout(routing: Routing) -> Layout:
     return Layout(rows_P, source_R, weights_R, ends_E.to(torch.int32), group)
 
 
-def _uniform_group(padded_E: Tensor, num_pairs: int) -> int | None:
+def _uniform_group(padded_E: Tensor, num_pairs: int, dtype: torch.dtype) -> int | None:
     if padded_E.device.type != "cpu" or num_pairs == 0:
         return None
     longest = int(padded_E.max())
-    wasteful = longest * len(padded_E) > MAX_UNIFORM_WASTE * num_pairs + ALIGN * len(padded_E)
-    return None if wasteful else longest
+    waste = longest * len(padded_E) - int(padded_E.sum())
+    # The loop passes over experts without rows: with few tokens it is far ahead.
+    spare = MAX_UNIFORM_WASTE * int(padded_E.count_nonzero())
+    if dtype != torch.bfloat16:
+        spare /= 8
+    return longest if waste <= spare else None
 
 
 def _num_rows(ends_E: Tensor, num_pairs: int, group: int | None) -> int:

@@ -1,0 +1,38 @@
+"""Which layout is chosen on a CPU: as much work as necessary, in as few calls as that allows."""
+
+import pytest
+import torch
+
+from titan_vlm.models.moe.layout import ALIGN, MAX_UNIFORM_WASTE, make_layout
+from titan_vlm.models.moe.routing import Routing
+
+
+def layout_of(counts: list[int], dtype: torch.dtype):
+    experts = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    pairs = torch.arange(len(experts))
+    return make_layout(Routing(pairs, experts, torch.ones(len(pairs)), len(counts)), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_equal_groups_are_one_batched_matmul(dtype):
+    assert layout_of([ALIGN * 5 - 1, ALIGN * 5, ALIGN * 4 + 1], dtype).group == ALIGN * 5
+
+
+def test_bfloat16_takes_some_fillers_for_one_call_and_float32_does_not():
+    counts = [ALIGN * 4, ALIGN * 5, ALIGN * 6]
+    assert layout_of(counts, torch.bfloat16).group == ALIGN * 6
+    assert layout_of(counts, torch.float32).group is None
+
+
+def test_fillers_count_in_rows_however_large_the_groups_are():
+    """A factor would allow large groups any number of fillers."""
+    few, many = MAX_UNIFORM_WASTE - ALIGN, MAX_UNIFORM_WASTE + ALIGN
+    for size in (ALIGN * 4, ALIGN * 64):
+        assert layout_of([size, size + 2 * few], torch.bfloat16).group == size + 2 * few
+        assert layout_of([size, size + 2 * many], torch.bfloat16).group is None
+
+
+def test_few_tokens_compute_the_experts_in_use_alone():
+    layout = layout_of([0] * 100 + [1, 1, 1, 1], torch.bfloat16)
+    assert layout.group is None
+    assert len(layout.source_R) == 4 * ALIGN
