@@ -4,7 +4,8 @@ The one place that chooses how a grouped matmul runs:
 
 - uniform layout: one `bmm` (any dtype);
 - ragged layout: `F.grouped_mm` (bf16 and float32; bf16 only on CUDA);
-- where there is no such kernel (float64; float32 on CUDA): one matmul per group, same layout.
+- where there is no such kernel (float64; float32 on CUDA; rows that are not whole 16 bytes): one
+  matmul per group, same layout.
 """
 
 import torch
@@ -55,12 +56,15 @@ def grouped_matmul(x_RK: Tensor, weight_EKN: Tensor, layout: Layout) -> Tensor:
     if layout.group is not None:
         groups_EGK = x_RK.unflatten(0, (weight_EKN.shape[0], layout.group))
         return torch.bmm(groups_EGK, weight_EKN).flatten(0, 1)
-    kernel = x_RK.dtype == torch.bfloat16 or (
-        x_RK.dtype == torch.float32 and x_RK.device.type == "cpu"
-    )
-    if kernel and x_RK.shape[0] > 0:
+    if _has_kernel(x_RK, weight_EKN) and x_RK.shape[0] > 0:
         return F.grouped_mm(x_RK, weight_EKN, offs=layout.ends_E)
     return _matmul_per_group(x_RK, weight_EKN, layout.ends_E)
+
+
+def _has_kernel(x_RK: Tensor, weight_EKN: Tensor) -> bool:
+    whole = all(width * x_RK.itemsize % 16 == 0 for width in weight_EKN.shape[1:])
+    float32 = x_RK.dtype == torch.float32 and x_RK.device.type == "cpu"
+    return whole and (float32 or x_RK.dtype == torch.bfloat16)
 
 
 def _matmul_per_group(x_RK: Tensor, weight_EKN: Tensor, ends_E: Tensor) -> Tensor:
