@@ -31,6 +31,7 @@ from titan_vlm.models.init import init_weights
 from titan_vlm.models.inputs import Batch
 from titan_vlm.models.layers.mlp import SwiGLU
 from titan_vlm.models.moe.layer import MoE
+from titan_vlm.models.moe.tokens import tokens_of
 from titan_vlm.models.qwen3_vl.config import Qwen3VLConfig, TextConfig, VisionConfig, to_hf
 from titan_vlm.models.qwen3_vl.flops import flops
 from titan_vlm.models.qwen3_vl.hf import load_hf
@@ -243,7 +244,7 @@ def bench_layer(text: TextConfig, device: torch.device, steps: int) -> dict[str,
             text.hidden_size, text.moe_intermediate_size, text.num_experts, text.num_experts_per_tok
         )
         dense = SwiGLU(text.hidden_size, text.num_experts_per_tok * text.moe_intermediate_size)
-        index_T = torch.arange(tokens)
+        index_T = tokens_of([tokens])
         x_TD = torch.randn(tokens, text.hidden_size, dtype=DTYPE, requires_grad=True)
     init_weights(moe, 0, 0.02)
     init_weights(dense, 0, 0.02)
@@ -254,7 +255,7 @@ def bench_layer(text: TextConfig, device: torch.device, steps: int) -> dict[str,
         "dense": lambda: torch.autograd.grad(dense(x_TD).sum(), [x_TD, *dense.parameters()]),
     }
     seconds = interleaved(sides, 4 * steps, device)
-    load = moe.load_E.max().item() / moe.load_E.double().mean().item()
+    load = moe.router.load_E.max().item() / moe.router.load_E.double().mean().item()
     ratio = seconds["moe"] / seconds["dense"]
     print(
         f"  layer, {tokens} tokens: MoE {seconds['moe'] * 1e3:.1f} ms (busiest expert {load:.2f} x "

@@ -287,3 +287,9 @@ def test_the_gate_stays_exact_under_autocast_and_in_a_bfloat16_model():
     assert routing.weights_P.dtype == torch.float32
     wanted = (x_TD[of.index_V].float() @ low.weight.float().T).topk(TOP_K, -1).values.softmax(-1)
     torch.testing.assert_close(routing.weights_P, wanted.flatten(), rtol=1e-6, atol=1e-7)
+
+
+def test_counts_stay_exact_in_a_model_of_any_dtype():
+    made = router(score="sigmoid", bias_update="sign").bfloat16()
+    assert made.weight.dtype == torch.bfloat16
+    assert {x.dtype for x in made.buffers()} == {torch.int64, torch.float64}

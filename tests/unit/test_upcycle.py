@@ -6,6 +6,7 @@ import torch
 from titan_vlm.models.init import init_weights
 from titan_vlm.models.layers.mlp import SwiGLU
 from titan_vlm.models.moe.layer import MoE
+from titan_vlm.models.moe.tokens import tokens_of
 from titan_vlm.models.moe.upcycle import (
     ExpertWeights,
     add_noise,
@@ -42,12 +43,12 @@ def make_layer(weights: ExpertWeights, top_k: int, router_ED: torch.Tensor | Non
 
 
 def run(layer: MoE, x_TD: torch.Tensor) -> torch.Tensor:
-    return layer(x_TD, torch.arange(len(x_TD)))
+    return layer(x_TD, tokens_of([len(x_TD)]))
 
 
 def chosen_experts(layer: MoE, x_TD: torch.Tensor) -> torch.Tensor:
     """[T, K]"""
-    return layer.router(x_TD, torch.arange(len(x_TD))).expert_ids_P.view(len(x_TD), -1)
+    return layer.router(x_TD, tokens_of([len(x_TD)])).expert_ids_P.view(len(x_TD), -1)
 
 
 def make_tokens(dtype=torch.float64) -> torch.Tensor:
@@ -74,7 +75,7 @@ def test_shards_compute_what_the_dense_layer_did(experts, top_k, shards):
     router_ED = group_router(experts, top_k, shards, WIDTH, 0.5, 0, "router.weight")
     layer = make_layer(weights, top_k, router_ED)
     torch.testing.assert_close(run(layer, x_TD), dense(x_TD), **EXACT)
-    weights_P = layer.router(x_TD, torch.arange(TOKENS)).weights_P
+    weights_P = layer.router(x_TD, tokens_of([TOKENS])).weights_P
     if experts > top_k > shards:  # the result does not rest on equal weights
         assert weights_P.max() > 1.5 * weights_P.min()
 

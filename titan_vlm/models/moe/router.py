@@ -11,6 +11,7 @@
 `V` tokens that are no padding, `E` experts, `K` of a token, `P` pairs.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -82,6 +83,15 @@ class Router(nn.Module):
         }
         for key, zeros in counters.items():
             self.register_buffer(key, zeros, persistent=False)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "Router":
+        """`.to(dtype)` is for weights: counts, and what balances by them, stay float64."""
+        super()._apply(fn, recurse)
+        for module in self.modules():
+            for name, buffer in module._buffers.items():
+                if buffer.is_floating_point():
+                    module._buffers[name] = buffer.double()
+        return self
 
     def forward(self, x_TD: Tensor, tokens: Tokens) -> Routing:
         """Route `tokens`; the others (padding) are in no pair."""
@@ -157,7 +167,7 @@ class Router(nn.Module):
         if config.has_bias:
             if counting:
                 self.steering.look(by_VE)
-            by_VE = by_VE + self.steering.bias_E
+            by_VE = by_VE + self.steering.bias_E.to(by_VE.dtype)
         if config.n_groups > 1:
             by_VE = selection.best_groups(by_VE, config.n_groups, config.topk_groups)
         return by_VE.topk(self.top_k, dim=-1).indices

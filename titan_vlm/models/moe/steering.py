@@ -33,7 +33,7 @@ class Steering(nn.Module):
         super().__init__()
         self.register_buffer("pending", torch.zeros(size, dtype=torch.float64), persistent=False)
         for name, value in buffers.items():
-            self.register_buffer(name, value)
+            self.register_buffer(name, value.double())
 
     def look(self, scores_VE: Tensor) -> None:
         """See the scores of a micro-batch, without bias."""
@@ -93,7 +93,7 @@ class QuantileBias(Steering):
         self.share, self.top_k = top_k / num_experts, top_k
 
     def look(self, scores_VE: Tensor) -> None:
-        by_VE = scores_VE + self.bias_E
+        by_VE = scores_VE + self.bias_E.to(scores_VE.dtype)
         next_V1 = by_VE.topk(min(self.top_k + 1, by_VE.shape[1]), dim=-1).values[:, -1:]
         low, width = self._range()
         self.pending += histogram(next_V1 - scores_VE, low, width)
@@ -104,7 +104,7 @@ class QuantileBias(Steering):
 
     def update(self, total: Tensor) -> None:
         low, width = self._range()
-        bias_E = quantile(total.view(-1, BINS), self.share, low, width).to(self.bias_E.dtype)
+        bias_E = quantile(total.view(-1, BINS), self.share, low, width)
         found = total.sum() > 0  # a step without any token says nothing
         self.bias_E.copy_(torch.where(found, bias_E - bias_E.mean(), self.bias_E))
 
@@ -140,7 +140,7 @@ class Thresholds(Steering):
         place_E = quantile(total.view(-1, BINS), 1 - self.share, self.LOW, self.WIDTH)
         new_E = place_E.sigmoid() if self.sigmoid else place_E.exp()
         keep = torch.where(self.steps > 0, self.decay, 0.0)
-        new_E = (keep * self.threshold_E + (1 - keep) * new_E).to(self.threshold_E.dtype)
+        new_E = keep * self.threshold_E + (1 - keep) * new_E
         found = total.sum() > 0
         self.threshold_E.copy_(torch.where(found, new_E, self.threshold_E))
         self.steps += found
@@ -170,7 +170,7 @@ class Averages(Steering):
             (self.load_ema_E, self.importance_ema_E), total.chunk(2), strict=True
         ):
             share_E = sum_E / sum_E.sum().clamp(min=1e-20)
-            new_E = (keep * average_E + (1 - keep) * share_E).to(average_E.dtype)
+            new_E = keep * average_E + (1 - keep) * share_E
             average_E.copy_(torch.where(found, new_E, average_E))
         self.steps += found
 
