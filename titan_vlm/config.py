@@ -351,6 +351,11 @@ def _conflicts(config: Config) -> Iterator[str]:
             yield f"data.{low}: expected at most data.{high} ({most}), got {least}"
 
     yield from moe_conflicts(config.moe)
+    if config.moe.text.upcycle_shards and not config.checkpoint.initial_load_path:
+        yield (
+            "moe.text.upcycle_shards: expected a dense model's directory in "
+            "checkpoint.initial_load_path, got none"
+        )
     kind, interval = config.parallelism.expert_placement, config.parallelism.eplb_interval
     if (kind == "balanced") != bool(interval):
         expected = "a number of steps" if kind == "balanced" else "0"

@@ -352,7 +352,7 @@ def fill(model: nn.Module, parts: Parts, config: Config, device: torch.device, f
         for name, buffer in module._buffers.items():
             module._buffers[name] = torch.zeros_like(buffer, device=device)  # they are counters
     if fresh and config.checkpoint.initial_load_path:
-        parts.spec.load_hf(model, config.checkpoint.initial_load_path)
+        parts.spec.load_hf(model, config.checkpoint.initial_load_path, config.run.seed)
         logger.info("weights: from %s", config.checkpoint.initial_load_path)
     elif fresh:
         logger.info("weights: random, seed %d", config.run.seed)

@@ -11,6 +11,7 @@ from titan_vlm.errors import ConfigError
 from titan_vlm.models.moe.config import MoE
 from titan_vlm.models.qwen3_vl import config as qwen3_vl
 from titan_vlm.models.qwen3_vl import hf as qwen3_vl_hf
+from titan_vlm.models.qwen3_vl import upcycle as qwen3_vl_upcycle
 from titan_vlm.models.qwen3_vl.flops import flops as qwen3_vl_flops
 from titan_vlm.models.qwen3_vl.model import Qwen3VL
 from titan_vlm.models.qwen3_vl.plan import divisible as qwen3_vl_divisible
@@ -34,8 +35,9 @@ class ModelSpec:
     divisible: Callable[[Any], dict[str, dict[str, int]]]
     # (dimensions, tokens of a row) -> what a pipeline may be cut between, with what each costs
     pipeline_units: Callable[[Any, int], list[Unit]]
-    # (model, directory): fill the model from a Hugging Face directory
-    load_hf: Callable[[nn.Module, str], None]
+    # (model, directory, seed): fill the model from a Hugging Face directory; what is upcycled
+    # draws by the seed
+    load_hf: Callable[..., None]
     # (state, config, directory, ...): write one; `qwen3_vl/hf.py` names the options
     save_hf: Callable[..., None]
     # dimensions -> ConfigError, where Hugging Face's format cannot hold such a model
@@ -52,7 +54,7 @@ MODELS = {
         flops=qwen3_vl_flops,
         divisible=qwen3_vl_divisible,
         pipeline_units=qwen3_vl_pipeline_units,
-        load_hf=qwen3_vl_hf.load_hf,
+        load_hf=qwen3_vl_upcycle.load_hf,
         save_hf=qwen3_vl_hf.save_hf,
         check_exportable=qwen3_vl_hf.check_exportable,
     )

@@ -93,6 +93,15 @@ class MoEConfig:
     shared_gate: bool = setting(
         False, "Scale the shared expert by a sigmoid of the token (Qwen2-MoE)."
     )
+    upcycle_shards: int = setting(
+        0,
+        "text: checkpoint.initial_load_path is dense, and every expert begins as a copy of its "
+        "layer's MLP (1) or as one of so many shards of it; 0: it has experts.",
+        at_least=0,
+    )
+    upcycle_noise: float = setting(
+        0.0, "With upcycle_shards: noise on each expert, relative to its weights.", at_least=0
+    )
     # ---- router
     router: Literal["topk", "noisy_topk", "expert_choice", "threshold", "random", "balanced"] = (
         setting(
@@ -309,6 +318,28 @@ def _branch_conflicts(config: MoEConfig, branch: str) -> Iterator[str]:
         (
             config.cv_load > 0 and config.router != "noisy_topk",
             f'cv_load: needs router = "noisy_topk", got "{config.router}"',
+        ),
+        (
+            config.upcycle_shards > 0 and branch != "text",
+            "upcycle_shards: only the text branch's MLPs are like experts",
+        ),
+        (
+            config.upcycle_noise > 0 and not config.upcycle_shards,
+            "upcycle_noise: set upcycle_shards with it",
+        ),
+        (
+            config.upcycle_shards > 0 and not (config.is_plain and config.experts > 0),
+            "upcycle_shards: the first forward pass is the dense model's only with experts, top_k "
+            "and expert_width set and weights that sum to 1 (score softmax, normalize = true)",
+        ),
+        (
+            config.upcycle_shards > 0
+            and config.experts > 0
+            and bool(
+                config.experts % config.upcycle_shards or config.top_k % config.upcycle_shards
+            ),
+            f"upcycle_shards = {config.upcycle_shards}: expected a divisor of experts "
+            f"({config.experts}) and of top_k ({config.top_k})",
         ),
         (
             config.shared_gate and not config.shared_width,

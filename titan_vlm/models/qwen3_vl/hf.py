@@ -193,7 +193,6 @@ class HFTensors(Mapping[str, Tensor]):
         return len(self.links)
 
 
-@torch.no_grad()
 def load_hf(model: nn.Module, directory: str | Path) -> None:
     """Fill a model (any dtype, any device, sharded or not) from a Hugging Face directory.
 
@@ -202,8 +201,16 @@ def load_hf(model: nn.Module, directory: str | Path) -> None:
     Raises:
         ConfigError: as `HFTensors`; the model is then unchanged.
     """
-    tensors = HFTensors(directory, model.config)
-    _warn_of_other_settings(Path(directory), model.config)
+    fill(model, HFTensors(directory, model.config), directory, model.config)
+
+
+@torch.no_grad()
+def fill(
+    model: nn.Module, tensors: Mapping[str, Tensor], directory: str | Path, config: Qwen3VLConfig
+) -> None:
+    """Copy each tensor to where the model has it; warn where the directory states other settings
+    than `config`."""
+    _warn_of_other_settings(Path(directory), config)
     for name, parameter in model.named_parameters():
         copy_into(parameter, tensors[name])
 
