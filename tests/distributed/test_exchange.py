@@ -124,3 +124,49 @@ def round_trip(tokens):
     back = gather_tokens(shard * 3, tokens, dist.group.WORLD)
     back.sum().backward()
     return {"shard": shard.detach(), "back": back.detach(), "gradient": x_TD.grad}
+
+
+def test_the_shared_expert_computes_while_rows_travel_in_both_directions(world):
+    """And output and gradients are those of an exchange that is waited for."""
+    for result in world.run(2, shared_expert_on_two_ranks):
+        # Forward the rows go back to their tokens, backward their gradients to the experts.
+        assert result["events"] == ["leave", "shared", "arrive", "leave", "shared grad", "arrive"]
+        for ours, theirs in zip(result["overlapped"], result["plain"], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+def shared_expert_on_two_ranks():
+    import torch.distributed as dist
+
+    from titan_vlm.models.moe.config import MoEConfig
+    from titan_vlm.models.moe.exchange import _Journey
+    from titan_vlm.models.moe.tokens import tokens_of
+
+    distributed.start("cpu")
+    rank, events = dist.get_rank(), []
+    layer = MoE(WIDTH, HIDDEN, EXPERTS, TOP_K, MoEConfig(shared_width=16)).double()
+    init_weights(layer, 0, std=0.3)
+    for name, parameter in list(layer.experts.named_parameters()):
+        part = parameter.detach().chunk(2)[rank].clone()
+        layer.experts.register_parameter(name, torch.nn.Parameter(part))
+    layer.dispatcher = AllToAllDispatcher(dist.group.WORLD)
+    x_TD = inputs_of(rank, everywhere(13))[0].requires_grad_()
+
+    def gradients(out_TD):
+        parameters = [x_TD, *layer.parameters()]
+        return [out_TD.detach(), *torch.autograd.grad(out_TD.square().sum(), parameters)]
+
+    shared, begin, end = layer.shared, _Journey.begin, _Journey.end
+    del layer.shared
+    plain = layer(x_TD, tokens_of([13])) + shared(x_TD)
+    layer.shared = shared
+    plain = gradients(plain)
+    _Journey.begin = lambda *args: events.append("leave") or begin(*args)
+    _Journey.end = lambda *args: events.append("arrive") or end(*args)
+    shared.register_forward_hook(lambda *_: events.append("shared"))
+    shared.mlp.down.register_full_backward_hook(lambda *_: events.append("shared grad"))
+    try:
+        overlapped = gradients(layer(x_TD, tokens_of([13])))
+    finally:
+        _Journey.begin, _Journey.end = begin, end
+    return {"events": events, "plain": plain, "overlapped": overlapped}
