@@ -262,6 +262,19 @@ class Compile:
 
 
 @dataclass(frozen=True)
+class Quantize:
+    experts: Literal["none", "float8", "mxfp8"] = setting(
+        "none",
+        "Round the operands of the experts' products: float8 with a scale per row (H100, B200), "
+        "mxfp8 with one per 32 numbers (B200); by torchao, in bfloat16 runs.",
+    )
+    emulate: bool = setting(
+        False,
+        "Round in plain PyTorch and multiply as before: the same numbers on any device, slowly.",
+    )
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     every: int = setting(0, "Save every n steps; 0 saves at the end only.", at_least=0)
     async_save: bool = setting(False, "Write checkpoints while training goes on.")
@@ -319,6 +332,7 @@ class Config:
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
     compile: Compile = field(default_factory=Compile)
     moe: MoE = field(default_factory=MoE)
+    quantize: Quantize = field(default_factory=Quantize)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     metrics: Metrics = field(default_factory=Metrics)
     eval: Eval = field(default_factory=Eval)
@@ -363,6 +377,15 @@ def _conflicts(config: Config) -> Iterator[str]:
             f"parallelism.eplb_interval: expected {expected} with expert_placement = "
             f'"{kind}", got {interval}'
         )
+
+    quantize = config.quantize
+    if quantize.experts != "none" and training.dtype != "bfloat16":
+        yield (
+            f'quantize.experts: expected "none" with training.dtype = "{training.dtype}", for only '
+            f'bfloat16 products are quantised, got "{quantize.experts}"'
+        )
+    if quantize.emulate and quantize.experts == "none":
+        yield 'quantize.emulate: expected false with quantize.experts = "none", got true'
 
     rows, micro = training.global_batch_size, training.micro_batch_size
     if rows % micro:

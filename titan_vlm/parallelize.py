@@ -18,7 +18,7 @@ from titan_vlm.errors import ConfigError
 from titan_vlm.mesh import Mesh, check_divides, resolve_degrees, size
 from titan_vlm.models.inputs import Batch
 from titan_vlm.models.units import Unit
-from titan_vlm.parallel import activation_checkpoint, compile, expert, fsdp, tensor
+from titan_vlm.parallel import activation_checkpoint, compile, expert, fsdp, quantize, tensor
 from titan_vlm.parallel.pipeline import Pipeline
 from titan_vlm.parallel.schedules import Schedule, resolve_schedule, split_stages
 from titan_vlm.parallel.support import refuse_combinations
@@ -88,6 +88,7 @@ def parallelize(
     Returns:
         The model, and the pipeline that runs it where there is one.
     """
+    quantize.check(whole, config.quantize)
     if plan.schedule is None:
         return apply_techniques(whole, mesh, config), None
     sequence_ranks = size(mesh.tp) if config.parallelism.sequence_parallel else 1
@@ -117,6 +118,7 @@ def apply_techniques(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
     """Each technique takes the model and returns it, from the inside of a block outwards."""
     model = tensor.apply(model, mesh, config.parallelism)
     model = expert.apply(model, mesh)
+    model = quantize.apply(model, mesh, config.quantize)
     model = compile.apply(model, config.compile)
     model = activation_checkpoint.apply(model, config.activation_checkpoint)
     return fsdp.apply(model, mesh, config)

@@ -32,6 +32,7 @@ _KEPT_BY_SELECTIVE = {
     "aten::bmm",
     "aten::baddbmm",
     "aten::_grouped_mm",
+    "aten::_scaled_grouped_mm",
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_efficient_attention",

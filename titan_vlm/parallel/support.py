@@ -71,6 +71,13 @@ CONFLICTS = (
         lambda case: case.splits_backward and case.config.parallelism.async_tp,
     ),
     Conflict(
+        f"a schedule that splits the backward pass ({SPLIT})",
+        "quantize.experts",
+        "a quantised product gives both of its gradients at once, and would run twice",
+        f"use one of {WHOLE}",
+        lambda case: case.splits_backward and case.config.quantize.experts != "none",
+    ),
+    Conflict(
         "parallelism.async_tp",
         "tp = 1 or sequence_parallel = false",
         "there is no exchange of positions to hide",

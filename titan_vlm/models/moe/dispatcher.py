@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titan_vlm.models.moe.layout import Layout, make_layout
+from titan_vlm.models.moe.layout import ALIGN, Layout, make_layout
 from titan_vlm.models.moe.routing import Routing, count
 
 
@@ -82,11 +82,13 @@ class LocalState:
 
 
 class LocalDispatcher:
-    """All experts on this rank."""
+    """All experts on this rank; each one's rows begin at a multiple of `align`."""
+
+    align = ALIGN
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, LocalState]:
         """Copy each pair's token to its row of its expert's group; `layout.py` has the order."""
-        layout = make_layout(routing, x_TD.dtype)
+        layout = make_layout(routing, x_TD.dtype, self.align)
         rows = make_rows(layout.source_R, layout.rows_P, routing.token_ids_P, x_TD.shape[0])
         return rows.spread(x_TD), LocalState(layout, rows)
 

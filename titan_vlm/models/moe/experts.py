@@ -6,6 +6,8 @@ The one place that chooses how a grouped matmul runs:
 - ragged layout: `F.grouped_mm` (bf16 and float32; bf16 only on CUDA);
 - where there is no such kernel (float64; float32 on CUDA; rows that are not whole 16 bytes): one
   matmul per group, same layout.
+
+A quantised one (`quantize.py`) takes its place from outside, as the `matmul` of an `Experts`.
 """
 
 import torch
@@ -30,6 +32,7 @@ class Experts(nn.Module):
     ):
         super().__init__()
         out = out or width
+        self.matmul = grouped_matmul
         self.gate_up = nn.Parameter(torch.empty(num_experts, width, 2 * hidden))
         self.down = nn.Parameter(torch.empty(num_experts, hidden, out))
         if bias:
@@ -37,10 +40,10 @@ class Experts(nn.Module):
             self.down_bias = nn.Parameter(torch.empty(num_experts, 1, out))
 
     def forward(self, x_RD: Tensor, layout: Layout) -> Tensor:
-        gate_up_RF = grouped_matmul(x_RD, self.gate_up, layout)
+        gate_up_RF = self.matmul(x_RD, self.gate_up, layout)
         if not hasattr(self, "down_bias"):
             hidden_RF = WeightedSwiGLU.apply(gate_up_RF, layout.weights_R)
-            return grouped_matmul(hidden_RF, self.down, layout)
+            return self.matmul(hidden_RF, self.down, layout)
         rows = torch.arange(len(x_RD), device=x_RD.device)
         # Rows past the last group are nobody's; they have weight 0.
         experts_R = torch.bucketize(rows, layout.ends_E, right=True).clamp(max=len(self.down) - 1)
@@ -48,7 +51,7 @@ class Experts(nn.Module):
         hidden_RF = WeightedSwiGLU.apply(gate_up_RF, layout.weights_R)
         bias_RD = self.down_bias.squeeze(1).index_select(0, experts_R)
         weights_R1 = layout.weights_R.to(bias_RD.dtype).unsqueeze(-1)
-        return grouped_matmul(hidden_RF, self.down, layout) + bias_RD * weights_R1
+        return self.matmul(hidden_RF, self.down, layout) + bias_RD * weights_R1
 
 
 def grouped_matmul(x_RK: Tensor, weight_EKN: Tensor, layout: Layout) -> Tensor:

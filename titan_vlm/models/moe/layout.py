@@ -49,11 +49,12 @@ class Layout:
     group: int | None
 
 
-def make_layout(routing: Routing, dtype: torch.dtype) -> Layout:
-    """Lay out the pairs of `routing` for its experts, which compute in `dtype`."""
+def make_layout(routing: Routing, dtype: torch.dtype, align: int = ALIGN) -> Layout:
+    """Lay out the pairs of `routing` for its experts, which compute in `dtype`, groups at multiples
+    of `align` rows."""
     experts, num_pairs = routing.expert_ids_P, routing.expert_ids_P.numel()
     counts_E = routing.counts_E
-    padded_E = (counts_E + (ALIGN - 1)) // ALIGN * ALIGN
+    padded_E = (counts_E + (align - 1)) // align * align
     group = _uniform_group(padded_E, num_pairs, dtype)
     if group is not None:
         padded_E = torch.full_like(counts_E, group)
@@ -65,7 +66,7 @@ def make_layout(routing: Routing, dtype: torch.dtype) -> Layout:
     sorted_rows_P = torch.arange(num_pairs, device=experts.device) + shift_E[experts[order_P]]
     rows_P = torch.empty_like(order_P).index_copy_(0, order_P, sorted_rows_P)
 
-    num_rows = _num_rows(ends_E, num_pairs, group)
+    num_rows = _num_rows(ends_E, num_pairs, group, align)
     source_R = rows_P.new_zeros(num_rows).index_copy_(0, rows_P, routing.token_ids_P)
     weights_R = routing.weights_P.new_zeros(num_rows).index_copy(0, rows_P, routing.weights_P)
     return Layout(rows_P, source_R, weights_R, ends_E.to(torch.int32), group)
@@ -83,12 +84,12 @@ def _uniform_group(padded_E: Tensor, num_pairs: int, dtype: torch.dtype) -> int 
     return longest if waste <= spare else None
 
 
-def _num_rows(ends_E: Tensor, num_pairs: int, group: int | None) -> int:
+def _num_rows(ends_E: Tensor, num_pairs: int, group: int | None, align: int) -> int:
     """R; on a device an upper bound that the host knows, rows past the last group being unused."""
     num_experts = len(ends_E)
     if group is not None:
         return group * num_experts
     if ends_E.device.type == "cpu":
         return int(ends_E[-1])
-    bound = num_pairs + min(num_experts, num_pairs) * (ALIGN - 1)
-    return (bound + ALIGN - 1) // ALIGN * ALIGN
+    bound = num_pairs + min(num_experts, num_pairs) * (align - 1)
+    return (bound + align - 1) // align * align
