@@ -128,6 +128,31 @@ def test_products_are_those_of_the_formats_definition(name, kind, counts, monkey
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12 * float(theirs.abs().max()))
 
 
+EDGES = {
+    "nothing": [0.0, -0.0],
+    "the largest number": [448.0, -1.0],
+    "a little more": [450.0, -449.0],
+    "halves of the last bit": [448.0, 17.0, 19.0, -21.0, 0.0009765625, 0.0029296875],
+    "below the smallest number": [448.0, 0.0009, -0.0001],
+    "powers of two": [2.0**40, 2.0**39, 2.0**20],
+    "tiny": [1e-11, 3e-13, 1e-20],
+    "where float8's scale ends": [1e-12, 1e-14, 1e-20],
+    "below it": [3e-16, 1e-17],
+    "where mxfp8's begins": [2.0**-115, 2.0**-118],
+    "huge": [3e38, -1e38, 1e30],
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("edge", EDGES)
+def test_rounding_at_the_edges(name, edge):
+    row = torch.zeros(1, 32, dtype=torch.float32)
+    row[0, : len(EDGES[edge])] = torch.tensor(EDGES[edge])
+    ours = recipes.quantize(row, 1, RECIPES[name])
+    assert torch.equal(ours.double(), quantized_rows(row.double(), name))
+    assert torch.equal(recipes.quantize(row.T, 0, RECIPES[name]).T, ours)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_no_rows_at_all(name, monkeypatch):
     x, weight, grad, layout = make_case("ragged", [0] * EXPERTS, monkeypatch)
@@ -159,8 +184,8 @@ def test_float8_and_mxfp8_differ_where_one_number_dwarfs_a_row(monkeypatch):
     weight[:, 0] = 0
     exact = grouped_matmul(x, weight, layout)
     errors = {n: (emulated(n)(x, weight, layout) - exact).norm() / exact.norm() for n in NAMES}
-    assert errors["float8"] > 0.5  # the others are below the smallest number of the row's scale
-    assert errors["mxfp8"] < 0.5 * errors["float8"] + 0.4  # only their own block is lost
+    assert errors["float8"] > 0.99  # all others are below the smallest number of the row's scale
+    assert 0.6 < errors["mxfp8"] < 0.8  # of two blocks one is lost: the root of a half
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -267,7 +292,15 @@ def test_a_run_learns_as_in_bfloat16(name, tmp_path, monkeypatch):
     ours = torch.tensor([loss for _, loss, _ in curve(tmp_path / "quantised")])
     plain = torch.tensor([loss for _, loss, _ in curve(tmp_path / "plain")])
     assert plain[-1] < 0.9 * plain[0]  # there is something to learn
-    assert 0 < ((ours - plain).abs() / plain).max() < 0.03
+    assert 0 < ((ours - plain).abs() / plain).max() < 0.01
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_recomputation_changes_nothing(mode, tmp_path):
+    changes = emulate("mxfp8") | {"training__steps": "2"}
+    assert run(tmp_path / "kept", **changes) == 0
+    assert run(tmp_path / "again", **changes, activation_checkpoint__mode=mode) == 0
+    assert curve(tmp_path / "kept") == curve(tmp_path / "again")
 
 
 @pytest.mark.parametrize("name", NAMES)
