@@ -15,7 +15,10 @@ CHANGES = {"training__dtype": "bfloat16", "quantize__emulate": "true"}
 def test_a_step_is_that_of_one_process(world, tmp_path, name, mesh):
     changes = CHANGES | {"quantize__experts": name}
     (want,) = world.run(1, step, tmp_path / "one", changes)
-    ranks = world.run(2, step, tmp_path / "two", changes | {f"parallelism__{mesh}": "2"})
+    axes = {f"parallelism__{mesh}": "2"}
+    if mesh == "pp":
+        axes["parallelism__pp_split"] = "text.layers.2"  # experts on both sides
+    ranks = world.run(2, step, tmp_path / "two", changes | axes)
     experts = 8 // (2 if mesh == "ep" else 1)
     for rank in ranks:
         assert set(rank["weights"]) == {(experts, 128, 320), (experts, 160, 128)}
