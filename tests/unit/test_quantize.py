@@ -98,7 +98,7 @@ def make_case(kind: str, counts: list[int], monkeypatch, spread: float = 6.0, al
     monkeypatch.setattr("titan_vlm.models.moe.layout.MAX_UNIFORM_WASTE", limit)
     experts = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     routing = Routing(torch.arange(len(experts)), experts, torch.ones(len(experts)), len(counts))
-    layout = make_layout(routing, align)
+    layout = make_layout(routing, torch.bfloat16, align)
     assert (layout.group is not None) == (kind == "uniform")
     generator = torch.Generator().manual_seed(sum(counts))
 
