@@ -23,7 +23,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from titan_vlm import distributed
 from titan_vlm.assembly import Parts, assemble, export
-from titan_vlm.config import Config, config_from_args, config_to_toml, is_same_data
+from titan_vlm.config import Config, config_from_args, config_to_toml
+from titan_vlm.conflicts import is_same_data
 from titan_vlm.data.chat import Encoder
 from titan_vlm.data.loader import MAX_REASONS, RowLoader, build_loader, merge_states
 from titan_vlm.data.packing import Counts

@@ -12,6 +12,7 @@ from titan_vlm.models.moe.config import MoE
 from titan_vlm.models.qwen3_vl import config as qwen3_vl
 from titan_vlm.models.qwen3_vl import hf as qwen3_vl_hf
 from titan_vlm.models.qwen3_vl import upcycle as qwen3_vl_upcycle
+from titan_vlm.models.qwen3_vl.experts import with_experts as qwen3_vl_with_experts
 from titan_vlm.models.qwen3_vl.flops import flops as qwen3_vl_flops
 from titan_vlm.models.qwen3_vl.model import Qwen3VL
 from titan_vlm.models.qwen3_vl.plan import divisible as qwen3_vl_divisible
@@ -49,7 +50,7 @@ MODELS = {
         flavors=qwen3_vl.FLAVORS,
         read_hf_config=qwen3_vl_hf.read_config,
         with_token_ids=qwen3_vl.with_token_ids,
-        with_experts=qwen3_vl.with_experts,
+        with_experts=qwen3_vl_with_experts,
         build=Qwen3VL,
         flops=qwen3_vl_flops,
         divisible=qwen3_vl_divisible,

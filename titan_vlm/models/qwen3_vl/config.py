@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from titan_vlm.errors import ConfigError
-from titan_vlm.models.moe.config import MoE, MoEConfig, chosen_layers
+from titan_vlm.models.moe.config import MoEConfig, chosen_layers
 
 
 @dataclass(frozen=True)
@@ -269,60 +269,6 @@ def with_token_ids(config: Qwen3VLConfig, ids: "TokenIds", vocab: int) -> Qwen3V
         video_token_id=ids.video,
         vision_start_token_id=ids.vision_start,
         vision_end_token_id=ids.vision_end,
-    )
-
-
-def with_experts(config: Qwen3VLConfig, moe: MoE) -> Qwen3VLConfig:
-    """The same model, routed and populated as `[moe]` says.
-
-    Raises:
-        ConfigError: experts without dimensions, or in layers that are not there; names the key.
-    """
-    text, vision, wanted = config.text, config.vision, moe.text
-    experts = text.num_experts if wanted.experts < 0 else wanted.experts
-    dims = {
-        "num_experts": experts,
-        "num_experts_per_tok": wanted.top_k or text.num_experts_per_tok,
-        "moe_intermediate_size": wanted.expert_width or text.moe_intermediate_size,
-    }
-    if wanted.layers or wanted.every:
-        chosen = chosen_layers(wanted, text.num_layers)
-        dense = tuple(i for i in range(text.num_layers) if i not in chosen)
-        dims |= {"decoder_sparse_step": 1, "mlp_only_layers": dense}
-    for branch, part, depth in (
-        ("text", wanted, text.num_layers),
-        ("vision", moe.vision, vision.depth),
-    ):
-        if beyond := [i for i in part.layers if i >= depth]:
-            raise ConfigError(f"moe.{branch}.layers: {beyond} of {depth} layers, counted from 0")
-    if moe.projector.layers or moe.projector.every:
-        raise ConfigError(
-            "moe.projector: layers and every are for blocks; all mergers have experts"
-        )
-    groups, top_k = wanted.n_groups, dims["num_experts_per_tok"]
-    if experts and experts % groups:
-        raise ConfigError(
-            f"moe.text.n_groups: expected a divisor of the {experts} experts, got {groups}"
-        )
-    for branch, part, number, k in (
-        ("text", wanted, experts, top_k),
-        ("vision", moe.vision, moe.vision.experts, moe.vision.top_k),
-        ("projector", moe.projector, moe.projector.experts, moe.projector.top_k),
-    ):
-        if number > 0 and k > number // part.n_groups * part.topk_groups:
-            raise ConfigError(
-                f"moe.{branch}.topk_groups: {part.topk_groups} of {part.n_groups} groups hold "
-                f"{number // part.n_groups * part.topk_groups} experts, a token needs {k}"
-            )
-        if number > 0 and part.bias_update == "quantile" and k >= number:
-            raise ConfigError(
-                f'moe.{branch}.bias_update = "quantile": nothing to balance where each token has '
-                f"all {number} experts"
-            )
-    return replace(
-        config,
-        text=replace(text, **dims, moe=wanted),
-        vision=replace(vision, moe=moe.vision, projector_moe=moe.projector),
     )
 
 
