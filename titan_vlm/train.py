@@ -86,6 +86,8 @@ def train(config: Config, watch: Watch) -> None:
         start_step=run.step,
         world_size=dist.get_world_size(),
         silent=dist.get_rank() != 0,
+        pp_ranks=size(run.mesh.pp),
+        branches={name: layer.branch for name, layer in run.moe_layers.items()},
     )
     if run.step >= config.training.steps:
         logger.info("this run is finished: step %d of %d", run.step, config.training.steps)
@@ -282,9 +284,10 @@ def report_step(
         learning_rates=rates,
         expert_loads={name: layer.load_E for name, layer in figures.items()},
         routing={
-            name: layer.summary(run.moe_layers[name][1], run.step - 1)
+            name: layer.summary(run.moe_layers[name].config, run.step - 1)
             for name, layer in figures.items()
         },
+        timings={name: layer.timing() for name, layer in figures.items()},
         skipped=run.skipped,
     )
 

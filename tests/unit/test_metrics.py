@@ -12,7 +12,8 @@ import torch
 from titan_vlm.config import Metrics
 from titan_vlm.training import metrics as module
 from titan_vlm.training.heatmap import heat_map
-from titan_vlm.training.metrics import MetricsLogger, console_line, load_summary
+from titan_vlm.training.metrics import MetricsLogger, console_line
+from titan_vlm.training.moe_log import load_summary
 
 CPU = torch.device("cpu")
 

@@ -13,6 +13,7 @@ is not compiled) and runs each graph again as a whole.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -24,6 +25,8 @@ from torch.utils.checkpoint import (
 )
 
 from titan_vlm.config import ActivationCheckpoint
+from titan_vlm.models.moe import timing
+from titan_vlm.models.moe.tokens import runs_again
 
 # By name: some are registered only once their module is imported.
 _KEPT_BY_SELECTIVE = {
@@ -60,10 +63,14 @@ def apply(model: nn.Module, config: ActivationCheckpoint) -> nn.Module:
 
 
 def _checkpointed(forward: Callable, keep: dict) -> Callable:
+    def compute(*args, **kwargs):
+        with timing.left_out() if runs_again() else nullcontext():
+            return forward(*args, **kwargs)
+
     def run(*args, **kwargs):
         if not torch.is_grad_enabled():  # evaluation: nothing to save, nothing to set up
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **keep, **kwargs)
+        return checkpoint(compute, *args, use_reentrant=False, **keep, **kwargs)
 
     return run
 

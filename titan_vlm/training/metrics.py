@@ -1,4 +1,4 @@
-"""What a run reports: a line on the console, `metrics.jsonl`, and TensorBoard.
+"""What a run reports: a line on the console, `metrics.jsonl`, TensorBoard; `moe_log.py` of experts.
 
 Between two reports nothing waits for the device. Counts come from the host; loss, gradient norm
 and expert loads stay tensors on the device until a report is due, and only then are they read.
@@ -7,20 +7,20 @@ Rates are over the wall time since the report before, without the time spent in 
 """
 
 import json
-import math
 import resource
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from titan_vlm.config import Metrics
-from titan_vlm.training.heatmap import heat_map
+from titan_vlm.training import moe_log
+from titan_vlm.training.jsonl import open_until
 
 # Peak TFLOP/s of dense bfloat16 products, by a part of the device's name; the first match holds.
 PEAK_TFLOPS = {
@@ -55,6 +55,8 @@ class MetricsLogger:
         start_step: int = 0,
         world_size: int = 1,
         silent: bool = False,
+        pp_ranks: int = 1,
+        branches: dict[str, str] | None = None,
     ):
         """Reports to the console and to files in `directory`.
 
@@ -63,22 +65,26 @@ class MetricsLogger:
                 from the files: those steps are about to run again.
             world_size: devices that share the work; MFU is per device.
             silent: write and print nothing, as every rank but the first does.
+            pp_ranks: of a pipeline; each has some of the layers.
+            branches: of each MoE layer: "text", "vision" or "projector".
         """
         directory = Path(directory)
         self.config, self.total_steps, self.device = config, total_steps, device
         self.peak_tflops = world_size * (config.peak_tflops or known_peak(device))
-        self.silent = silent
-        self._file = self._board = self._bar = None
+        self.silent, self.pp_ranks, self.branches = silent, pp_ranks, branches or {}
+        self._file = self._board = self._bar = self._moe = None
+        self._warnings = moe_log.Warnings()
         if not silent:
             directory.mkdir(parents=True, exist_ok=True)
-            self._file = _open_until(directory / "metrics.jsonl", start_step)
+            self._file = open_until(directory / "metrics.jsonl", start_step)
+            self._moe = moe_log.MoELog(directory, start_step)
             if config.tensorboard:
                 self._board = _tensorboard(directory / "tensorboard", start_step)
             if sys.stderr.isatty():
                 self._bar = _progress_bar(total_steps, start_step)
         self._counts = dict.fromkeys(("tokens", "positions", "samples", "images", "flops"), 0)
         self._data_wait = self._paused = 0.0
-        self._since = time.perf_counter()
+        self._since = self._step_since = time.perf_counter()
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
@@ -92,7 +98,9 @@ class MetricsLogger:
         """Leave what happens inside out of the rates."""
         start = time.perf_counter()
         yield
-        self._paused += time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self._paused += seconds
+        self._step_since += seconds
 
     def count(
         self, *, tokens: int, positions: int, samples: int, images: int, flops: float
@@ -115,6 +123,7 @@ class MetricsLogger:
         learning_rates: dict[str, float],
         expert_loads: dict[str, Tensor] | None = None,
         routing: dict[str, dict[str, float]] | None = None,
+        timings: dict[str, dict[str, float]] | None = None,
         skipped: dict[str, int] | None = None,
     ) -> dict[str, Any] | None:
         """Call after every step, counted from 1; returns the record where it reported one.
@@ -124,32 +133,41 @@ class MetricsLogger:
             learning_rates: by group.
             expert_loads: pairs per expert since the last report, by MoE layer.
             routing: what else there is to say of each of these layers.
+            timings: and of their times in this very step.
             skipped: samples left out so far, by reason.
         """
         if self._bar is not None:
             self._bar.update(1)
         if not self.due(step) or self.silent:
+            self._step_since = time.perf_counter()
             return None
         record: dict[str, Any] = {"step": step, "loss": float(loss), "grad_norm": float(grad_norm)}
         record |= {f"lr/{name}": rate for name, rate in learning_rates.items()}
         record |= self._rates()  # after the reads above, which wait for the step to be done
         loads = {name: load_E.cpu() for name, load_E in (expert_loads or {}).items()}
-        for name, load_E in loads.items():
-            record |= {f"experts/{name}/{key}": x for key, x in load_summary(load_E).items()}
-        for name, values in (routing or {}).items():
-            record |= {f"experts/{name}/{key}": x for key, x in values.items()}
-        if losses := [x for key, x in record.items() if key.endswith("/balance_loss")]:
-            record["balance_loss"] = sum(losses)
+        record |= self._of_experts(step, loads, routing or {}, timings or {}, record["step_ms"])
         record |= {f"skipped/{reason}": number for reason, number in (skipped or {}).items()}
         self._write(record)
-        if self._board is not None:
-            for size in sorted({load_E.numel() for load_E in loads.values()}):
-                load_LE = torch.stack([x for x in loads.values() if x.numel() == size])
-                self._board.add_image(
-                    f"experts/load of {size}", heat_map(relative_load(load_LE)), step
-                )
         self.print(console_line(record, self.total_steps))
         return record
+
+    def _of_experts(
+        self, step: int, loads: dict[str, Tensor], routing: dict, timings: dict, step_ms: float
+    ) -> dict[str, float]:
+        """Report every layer in `moe.jsonl`; returns what goes into the step's record."""
+        layers = moe_log.layer_figures(loads, routing, timings, step_ms)
+        branches = moe_log.branch_figures(layers, self.branches, self.pp_ranks)
+        self._moe.write(step, loads, layers, self._board)
+        self._warnings.look(loads, branches)
+        record = {
+            f"experts/{name}/{there}": figures[here]
+            for name, figures in layers.items()
+            for here, there in moe_log.IN_METRICS.items()
+        }
+        for branch, figures in branches.items():
+            record |= {f"moe/{branch}/{key}": x for key, x in figures.items()}
+        losses = [x["balance_loss"] for x in branches.values() if "balance_loss" in x]
+        return record | ({"balance_loss": sum(losses)} if losses else {})
 
     def report(self, step: int, values: dict[str, float], prefix: str = "eval") -> None:
         """Report values of another kind than a step's, validation's for instance."""
@@ -168,7 +186,7 @@ class MetricsLogger:
 
     def close(self) -> None:
         """Finish the files and the bar."""
-        for part in (self._file, self._board, self._bar):
+        for part in (self._file, self._moe, self._board, self._bar):
             if part is not None:
                 part.close()
 
@@ -185,12 +203,13 @@ class MetricsLogger:
             "tflops": tflops,
             "memory_gib": _memory_gib(self.device),
             "data_wait": self._data_wait / seconds,
+            "step_ms": (now - self._step_since) * 1e3,
         }
         if self.peak_tflops:
             rates["mfu"] = tflops / self.peak_tflops
         self._counts = dict.fromkeys(counts, 0)
         self._data_wait = self._paused = 0.0
-        self._since = now
+        self._since = self._step_since = now
         return rates
 
     def _write(self, record: dict[str, Any]) -> None:
@@ -227,24 +246,12 @@ def console_line(record: dict[str, Any], total_steps: int) -> str:
     }
     if experts["/min"]:
         parts.append(f"experts {min(experts['/min']):.2f}-{max(experts['/max']):.2f}")
+    if drops := max((x for name, x in record.items() if name.endswith("/drop_rate")), default=0.0):
+        parts.append(f"drops {drops:.1%}")
     skipped = sum(x for name, x in record.items() if name.startswith("skipped/"))
     if skipped:
         parts.append(f"skipped {skipped}")
     return " | ".join(parts)
-
-
-def relative_load(counts_E: Tensor) -> Tensor:
-    """Loads as multiples of an even share: 1 everywhere is perfect balance. Zeros if all are."""
-    counts = counts_E.double()
-    return counts * counts.shape[-1] / counts.sum(-1, keepdim=True).clamp(min=1)
-
-
-def load_summary(counts_E: Tensor) -> dict[str, float]:
-    """The least and the most loaded expert in even shares; the entropy, 1 where all are even."""
-    load = relative_load(counts_E)
-    share = load / load.shape[-1]
-    entropy = torch.special.entr(share).sum().item() / max(math.log(load.shape[-1]), 1e-9)
-    return {"min": load.min().item(), "max": load.max().item(), "entropy": entropy}
 
 
 def known_peak(device: torch.device) -> float:
@@ -261,20 +268,6 @@ def _memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # macOS says bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def _open_until(path: Path, last_step: int) -> TextIO:
-    """`path` for appending, without the records after `last_step` and without a torn last line."""
-    kept = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= last_step:
-                    kept.append(line)
-            except ValueError:  # the process died while writing it
-                break
-    path.write_text("".join(f"{line}\n" for line in kept))
-    return path.open("a")
 
 
 def _tensorboard(directory: Path, start_step: int):

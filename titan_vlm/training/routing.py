@@ -5,26 +5,39 @@ exchange here is one flat tensor for all layers; ranks without one take part wit
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from titan_vlm import distributed
 from titan_vlm.errors import NumericsError
-from titan_vlm.mesh import Mesh
+from titan_vlm.mesh import Mesh, rank, size
 from titan_vlm.models.moe.config import MoEConfig
 from titan_vlm.models.moe.layer import moe_layers
 from titan_vlm.models.moe.router import SUMS, Router
+from titan_vlm.models.moe.timing import COUNTS
 
-# Layer -> its experts, and how they are routed; of all stages.
-Layers = Mapping[str, tuple[int, MoEConfig]]
+
+class Layer(NamedTuple):
+    """How many experts, how they are routed, and where: "text", "vision" or "projector"."""
+
+    num_experts: int
+    config: MoEConfig
+    branch: str
+
+
+Layers = Mapping[str, Layer]  # by name, of all stages
 
 
 def all_layers(whole: nn.Module) -> Layers:
     """Of the whole model, before a pipeline cuts it."""
-    routers = routers_of(whole).items()
-    return {name: (router.num_experts, router.config) for name, router in routers}
+    branch_of = {name: branch for branch, names in whole.branches().items() for name in names}
+    return {
+        name: Layer(router.num_experts, router.config, branch_of[f"{name}.moe.router.weight"])
+        for name, router in routers_of(whole).items()
+    }
 
 
 def routers_of(model: nn.Module) -> dict[str, Router]:
@@ -65,11 +78,37 @@ def steer(model: nn.Module, layers: Layers, mesh: Mesh, device: torch.device, st
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one layer, since the last report, over all ranks: pairs of each expert before drops, and
-    `SUMS` by name."""
+    """Of one layer over all ranks, since the last report: pairs of each expert before drops, and
+    `SUMS` by name.
+
+    Of the reported step alone, and depending on the mesh: milliseconds of each rank that has the
+    layer, in it (`moe_ms`) and in its exchanges (`a2a_ms`), and `COUNTS`, summed over those ranks.
+    """
 
     load_E: Tensor
     sums: dict[str, float]
+    moe_ms: list[float] = field(default_factory=list)
+    a2a_ms: list[float] = field(default_factory=list)
+    counts: dict[str, float] = field(default_factory=dict)
+
+    def timing(self) -> dict[str, float]:
+        """What is reported of the last two lines: times and counts as means over the ranks, and
+        the share of the experts' rows that are fillers. No `a2a_` where nothing is exchanged,
+        no bytes where only the device knows them."""
+        counts, ranks = self.counts, len(self.moe_ms)
+        values = {
+            "moe_ms": sum(self.moe_ms) / ranks,
+            "moe_ms_max": max(self.moe_ms),
+            "moe_calls": counts["moe_calls"] / ranks,
+            "padding": 1 - counts["pairs"] / counts["rows"] if counts["rows"] else 0.0,
+        }
+        if counts["a2a_calls"]:
+            values["a2a_ms"] = sum(self.a2a_ms) / ranks
+            values["a2a_ms_max"] = max(self.a2a_ms)
+            values["a2a_calls"] = counts["a2a_calls"] / ranks
+        if counts["a2a_bytes"]:
+            values["a2a_bytes"] = counts["a2a_bytes"] / ranks
+        return values
 
     def summary(self, config: MoEConfig, step: int) -> dict[str, float]:
         """What is reported beside the load, and `balance_loss`, what the losses add to the
@@ -102,19 +141,43 @@ def collect(
     """Each layer's figures since they were last `reset`."""
     if not layers:
         return {}
-    here = counters(model)
-    sizes = [experts + len(SUMS) for experts, _ in layers.values()]
+    here, clocks_LC = counters(model), _read_clocks(model, layers, mesh)
+    sizes = [layer.num_experts + len(SUMS) for layer in layers.values()]
     empty = [torch.zeros(size, dtype=torch.float64, device=device) for size in sizes]
-    flat = torch.cat([here.get(name, zeros) for name, zeros in zip(layers, empty, strict=True)])
+    parts = [here.get(name, zeros) for name, zeros in zip(layers, empty, strict=True)]
+    flat = torch.cat([*parts, clocks_LC.flatten().to(device)])
     flat = distributed.sum_over(mesh.pp, distributed.sum_over(mesh.tokens, flat)).cpu()
-    for router in routers_of(model).values() if reset else ():
-        router.load_E.zero_()
-        router.sums.zero_()
-    figures = {}
-    for (name, (experts, _)), part in zip(layers.items(), flat.split(sizes), strict=True):
+    *parts, clocks = flat.split([*sizes, clocks_LC.numel()])
+    rows = clocks.view_as(clocks_LC).tolist()
+    for layer in moe_layers(model).values() if reset else ():
+        layer.router.load_E.zero_()
+        layer.router.sums.zero_()
+        layer.clock.reset()
+    figures, ranks = {}, size(mesh.tokens)
+    for (name, (experts, *_)), part, row in zip(layers.items(), parts, rows, strict=True):
         sums = dict(zip(SUMS, part[experts:].tolist(), strict=True))
-        figures[name] = Figures(part[:experts].long(), sums)
+        figures[name] = Figures(
+            part[:experts].long(),
+            sums,
+            moe_ms=row[:ranks],
+            a2a_ms=row[ranks : 2 * ranks],
+            counts=dict(zip(COUNTS, row[2 * ranks :], strict=True)),
+        )
     return figures
+
+
+def _read_clocks(model: nn.Module, layers: Layers, mesh: Mesh) -> Tensor:
+    """A row for each of `layers`: two times for each rank, of which this rank fills in its own, so
+    that their sums over ranks are the times of all; and `COUNTS`."""
+    ranks, me = size(mesh.tokens), rank(mesh.tokens)
+    clocks_LC = torch.zeros(len(layers), 2 * ranks + len(COUNTS), dtype=torch.float64)
+    here = moe_layers(model)
+    for row, name in enumerate(layers):
+        if name in here:
+            (moe_ms, a2a_ms), counts = here[name].clock.read()
+            clocks_LC[row, me], clocks_LC[row, ranks + me] = moe_ms, a2a_ms
+            clocks_LC[row, 2 * ranks :] = torch.tensor(counts, dtype=torch.float64)
+    return clocks_LC
 
 
 def counters(model: nn.Module) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from titan_vlm import collectives
 from titan_vlm.models.moe.dispatcher import LocalDispatcher, LocalState, Rows, make_rows
 from titan_vlm.models.moe.layout import Layout
 from titan_vlm.models.moe.routing import Routing
+from titan_vlm.models.moe.timing import timed_exchange
 
 # S rows sent by this rank, A rows that arrived here
 
@@ -60,15 +61,15 @@ class AllToAllDispatcher:
 
         # Who sends how many rows for which expert: E numbers from each rank to all others.
         counts_rE = routing.counts_E.view(ranks, experts_here)
-        counts_re = torch.empty_like(counts_rE)
-        dist.all_to_all_single(counts_re, counts_rE, group=self.group)
+        even = [experts_here] * ranks
+        counts_re = self._exchange(counts_rE.flatten(), even, even).view(ranks, experts_here)
         sent, arrived = torch.stack((counts_rE.sum(1), counts_re.sum(1))).tolist()
 
         tokens_P = routing.token_ids_P
         rows = make_rows(tokens_P[order_P], rows_P, tokens_P, x_TD.shape[0])
-        x_AD = _AllToAll.apply(rows.spread(x_TD), sent, arrived, self.group)
+        x_AD = self._exchange(rows.spread(x_TD), sent, arrived)
         weights_S = routing.weights_P[order_P]
-        weights_A = _AllToAll.apply(weights_S, sent, arrived, self.group)
+        weights_A = self._exchange(weights_S, sent, arrived)
         local_experts = torch.arange(experts_here, device=x_TD.device).repeat(ranks)
         here = Routing(
             token_ids_P=torch.arange(sum(arrived), device=x_TD.device),
@@ -87,12 +88,27 @@ class AllToAllDispatcher:
         """Bring the rows back and sum each token's: [T, D]."""
         y_AD = self.local.combine(y_RD, state.local)
         if meanwhile is None:
-            y_SD = _AllToAll.apply(y_AD, state.arrived, state.sent, self.group)
+            y_SD = self._exchange(y_AD, state.arrived, state.sent)
             return state.rows.collect(y_SD)
         journey = _Journey(state.arrived, state.sent, self.group)
-        y_SD = _Leave.apply(y_AD, journey)
+        there, back = _bytes(y_AD, state.arrived, state.sent, self.group)
+        y_SD = timed_exchange(lambda y: _Leave.apply(y, journey), y_AD, (there, None))
         other_TD = meanwhile()
-        return state.rows.collect(_Arrive.apply(y_SD, journey)) + other_TD
+        y_SD = timed_exchange(lambda y: _Arrive.apply(y, journey), y_SD, (None, back))
+        return state.rows.collect(y_SD) + other_TD
+
+    def _exchange(self, x: Tensor, sent: list[int], arrived: list[int]) -> Tensor:
+        return timed_exchange(
+            lambda x: _AllToAll.apply(x, sent, arrived, self.group),
+            x,
+            _bytes(x, sent, arrived, self.group),
+        )
+
+
+def _bytes(x: Tensor, sent: list[int], arrived: list[int], group) -> tuple[int, int]:
+    """That leave this rank when `sent` rows of `x` go, and when the gradients come back."""
+    row, me = x.shape[1:].numel() * x.element_size(), group.rank()
+    return row * (sum(sent) - sent[me]), row * (sum(arrived) - arrived[me])
 
 
 class _AllToAll(torch.autograd.Function):
@@ -190,16 +206,13 @@ class AllGatherDispatcher:
         experts_here = routing.num_experts // ranks
         num_tokens, num_pairs = x_TD.shape[0], routing.token_ids_P.numel()
         most = torch.tensor([num_tokens, num_pairs], device=x_TD.device)
-        dist.all_reduce(most, dist.ReduceOp.MAX, group=self.group)
-        longest, most_pairs = most.tolist()
+        longest, most_pairs = timed_exchange(self._most, most, (most.nbytes, None)).tolist()
 
-        x_GD = collectives.gather_partial(_pad(x_TD, longest), 0, self.group)
-        weights = collectives.gather_partial(_pad(routing.weights_P, most_pairs), 0, self.group)
-        tokens_P = routing.token_ids_P + rank * longest
-        tokens = collectives.all_gather(_pad(tokens_P, most_pairs), 0, self.group)
+        x_GD = self._gather(_pad(x_TD, longest))
+        weights = self._gather(_pad(routing.weights_P, most_pairs))
+        tokens = self._gather(_pad(routing.token_ids_P + rank * longest, most_pairs))
         # Padding belongs to no expert.
-        experts_P = _pad(routing.expert_ids_P, most_pairs, fill=-1)
-        experts = collectives.all_gather(experts_P, 0, self.group)
+        experts = self._gather(_pad(routing.expert_ids_P, most_pairs, fill=-1))
         first = rank * experts_here
         mine = ((experts >= first) & (experts < first + experts_here)).nonzero().squeeze(-1)
         here = Routing(tokens[mine], experts[mine] - first, weights[mine], experts_here)
@@ -210,8 +223,21 @@ class AllGatherDispatcher:
         self, y_RD: Tensor, state: GatherState, meanwhile: Callable[[], Tensor] | None = None
     ) -> Tensor:
         y_GD = self.local.combine(y_RD, state.local)
-        y_TD = collectives.reduce_scatter(y_GD, 0, self.group)[: state.num_tokens]
+        others = y_GD.nbytes // self.group.size() * (self.group.size() - 1)
+        y_TD = timed_exchange(
+            lambda y: collectives.reduce_scatter(y, 0, self.group), y_GD, (others, others)
+        )[: state.num_tokens]
         return y_TD + meanwhile() if meanwhile else y_TD
+
+    def _most(self, x: Tensor) -> Tensor:
+        dist.all_reduce(x, dist.ReduceOp.MAX, group=self.group)
+        return x
+
+    def _gather(self, x: Tensor) -> Tensor:
+        others = x.nbytes * (self.group.size() - 1)
+        return timed_exchange(
+            lambda x: collectives.gather_partial(x, 0, self.group), x, (others, others)
+        )
 
 
 def _pad(x: Tensor, length: int, fill: float = 0) -> Tensor:

@@ -33,6 +33,7 @@ from titan_vlm.models.moe.fused_library import FusedOptions
 from titan_vlm.models.moe.hybrid_exchange import HybridEPDispatcher
 from titan_vlm.models.moe.layout import Layout
 from titan_vlm.models.moe.routing import Routing, count
+from titan_vlm.models.moe.timing import timed_exchange
 
 # K pairs of a token at most, A tokens that arrived here
 
@@ -110,8 +111,13 @@ class DeepEPDispatcher:
         if self.checked:
             fused_library.check_tensor(self.name, x_TD)
         experts_TK, weights_TK = to_table(routing, x_TD.shape[0], self.max_pairs)
-        x_AD, weights_AK, experts_AK, arrived, handle = _Dispatch.apply(
-            x_TD, weights_TK, experts_TK, routing.num_experts, self.connection
+        # How much it sends only the device knows.
+        x_AD, weights_AK, experts_AK, arrived, handle = timed_exchange(
+            lambda x: _Dispatch.apply(
+                x, weights_TK, experts_TK, routing.num_experts, self.connection
+            ),
+            x_TD,
+            (0, 0),
         )
         here = from_table(experts_AK, weights_AK, arrived)
         x_RD, local = self.local.dispatch(x_AD, here)
@@ -122,7 +128,9 @@ class DeepEPDispatcher:
     ) -> Tensor:
         """Bring the rows back and sum each token's: [T, D]."""
         y_AD = self.local.combine(y_RD, state.local)
-        y_TD = _Combine.apply(y_AD, state.handle, self.connection)
+        y_TD = timed_exchange(
+            lambda y: _Combine.apply(y, state.handle, self.connection), y_AD, (0, 0)
+        )
         return y_TD + meanwhile() if meanwhile else y_TD
 
 

@@ -31,6 +31,7 @@ from titan_vlm.models.moe import fused_library
 from titan_vlm.models.moe.fused_library import FusedOptions
 from titan_vlm.models.moe.layout import Layout
 from titan_vlm.models.moe.routing import Routing
+from titan_vlm.models.moe.timing import timed_exchange
 
 # L tokens of each rank, fillers included; R rows that arrived here
 
@@ -90,8 +91,9 @@ class HybridEPDispatcher:
         map_LE.index_put_(place, map_LE.new_ones(()))
         weights_LE = routing.weights_P.new_zeros(map_LE.shape).index_put(place, routing.weights_P)
         x_LD = F.pad(x_TD, (0, 0, 0, longest - num_tokens))
-        x_RD, weights_R, padded_E, handle = _Dispatch.apply(
-            x_LD, weights_LE, map_LE, self.connection
+        # How much it sends only the device knows.
+        x_RD, weights_R, padded_E, handle = timed_exchange(
+            lambda x: _Dispatch.apply(x, weights_LE, map_LE, self.connection), x_LD, (0, 0)
         )
         # Every row that arrived is a token in one pair, at its place.
         rows_R = torch.arange(x_RD.shape[0], device=x_RD.device)
@@ -105,7 +107,10 @@ class HybridEPDispatcher:
         self, y_RD: Tensor, state: HybridState, meanwhile: Callable[[], Tensor] | None = None
     ) -> Tensor:
         """Bring the rows back and sum each token's: [T, D]."""
-        y_TD = _Combine.apply(y_RD, state.handle, self.connection)[: state.num_tokens]
+        y_LD = timed_exchange(
+            lambda y: _Combine.apply(y, state.handle, self.connection), y_RD, (0, 0)
+        )
+        y_TD = y_LD[: state.num_tokens]
         return y_TD + meanwhile() if meanwhile else y_TD
 
 

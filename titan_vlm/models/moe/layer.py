@@ -8,12 +8,13 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from titan_vlm.models.layers.mlp import SwiGLU
+from titan_vlm.models.moe import timing
 from titan_vlm.models.moe.config import MoEConfig
 from titan_vlm.models.moe.dispatcher import LocalDispatcher
 from titan_vlm.models.moe.experts import Experts
 from titan_vlm.models.moe.placement import place
 from titan_vlm.models.moe.router import Router
-from titan_vlm.models.moe.tokens import Tokens
+from titan_vlm.models.moe.tokens import Tokens, runs_again
 
 
 class MoE(nn.Module):
@@ -44,16 +45,24 @@ class MoE(nn.Module):
             self.shared = SharedExpert(width, config.shared_width, out or width, config.shared_gate)
         self.dispatcher = LocalDispatcher()
         self.slots_E = self.replicas_E = None  # expert e in slot e; `set_slots` makes them buffers
+        self.clock = timing.Clock()
 
     # The sizes of the groups depend on the data: a compiler would specialise on one batch's.
     @torch.compiler.disable
     def forward(self, x_TD: Tensor, tokens: Tokens) -> Tensor:
         """[T, D] -> [T, D]; zeros where a token is not in `tokens`, but for the shared expert."""
+        run = partial(self._run, tokens=tokens)
+        if self.training and tokens.moment.observe and not runs_again():
+            return timing.timed_layer(run, x_TD, self.clock)
+        return run(x_TD)
+
+    def _run(self, x_TD: Tensor, tokens: Tokens) -> Tensor:
         with record_function("moe.route"):
             routing = self.router(x_TD, tokens)
         with record_function("moe.dispatch"):
             routing = place(routing, self.slots_E, self.replicas_E)
             rows_RD, state = self.dispatcher.dispatch(x_TD, routing)
+            timing.count_rows(state.layout)
         with record_function("moe.experts"):
             rows_RD = self.experts(rows_RD, state.layout)
         with record_function("moe.combine"):

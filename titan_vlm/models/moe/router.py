@@ -23,7 +23,7 @@ from titan_vlm.models.moe.config import LOSSES, RAGGED, MoEConfig
 from titan_vlm.models.moe.peers import Alone
 from titan_vlm.models.moe.routing import Routing, count
 from titan_vlm.models.moe.steering import Steering, make_steering
-from titan_vlm.models.moe.tokens import Tokens
+from titan_vlm.models.moe.tokens import Tokens, runs_again
 
 # Sums over tokens that a layer keeps for the metrics, beside the pairs of each expert.
 SUMS = (
@@ -95,9 +95,7 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor, tokens: Tokens) -> Routing:
         """Route `tokens`; the others (padding) are in no pair."""
-        # Activation checkpointing runs the forward pass again inside the backward pass: what is
-        # counted then is counted already. (The test is torch.utils.checkpoint's own.)
-        again = torch._C._current_graph_task_id() != -1
+        again = runs_again()
         counting = self.training and not again
         with torch.autocast(x_TD.device.type, enabled=False):
             # Where all are tokens there is nothing to pick out.

@@ -104,6 +104,12 @@ def tokens_of(
     return Tokens(index_V, sequence_T[index_V], place_T[index_V], keys_N, moment or Moment())
 
 
+def runs_again() -> bool:
+    """Whether activation checkpointing runs the forward pass again, inside the backward pass: what
+    is counted then is counted already. (The test is torch.utils.checkpoint's own.)"""
+    return torch._C._current_graph_task_id() != -1
+
+
 def name_key(name: str) -> int:
     """A number of 63 bits for a name, the same in every process."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") >> 1
