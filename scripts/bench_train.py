@@ -31,7 +31,7 @@ from titan_vlm.models.init import init_weights
 from titan_vlm.models.inputs import Batch
 from titan_vlm.models.layers.mlp import SwiGLU
 from titan_vlm.models.moe.layer import MoE
-from titan_vlm.models.moe.tokens import tokens_of
+from titan_vlm.models.moe.tokens import Moment, tokens_of
 from titan_vlm.models.qwen3_vl.config import Qwen3VLConfig, TextConfig, VisionConfig, to_hf
 from titan_vlm.models.qwen3_vl.flops import flops
 from titan_vlm.models.qwen3_vl.hf import load_hf
@@ -244,7 +244,7 @@ def bench_layer(text: TextConfig, device: torch.device, steps: int) -> dict[str,
             text.hidden_size, text.moe_intermediate_size, text.num_experts, text.num_experts_per_tok
         )
         dense = SwiGLU(text.hidden_size, text.num_experts_per_tok * text.moe_intermediate_size)
-        index_T = tokens_of([tokens])
+        index_T = tokens_of([tokens], moment=Moment(observe=False))
         x_TD = torch.randn(tokens, text.hidden_size, dtype=DTYPE, requires_grad=True)
     init_weights(moe, 0, 0.02)
     init_weights(dense, 0, 0.02)

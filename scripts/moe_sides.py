@@ -153,11 +153,11 @@ def our_side(
 ) -> Side:
     """The only place that knows how our layer is built and called."""
     from titan_vlm.models.moe.layer import MoE
-    from titan_vlm.models.moe.tokens import tokens_of
+    from titan_vlm.models.moe.tokens import Moment, tokens_of
 
     with torch.device(device):
         layer = MoE(shape.width, shape.hidden, shape.experts, shape.top_k).to(dtype)
-        index_T = tokens_of([shape.tokens])
+        index_T = tokens_of([shape.tokens], moment=Moment(observe=False))
     layer.experts.to(experts_dtype)
     with torch.no_grad():
         layer.router.weight.copy_(weights.router_ED)
