@@ -236,6 +236,15 @@ def test_a_starved_expert_is_told_by_layer_and_number(caplog):
 
     told = [look(4, 0, 2) for _ in range(STARVED_REPORTS + 2)]
     assert told == [0] * (STARVED_REPORTS - 1) + [1] * 3
-    assert "text.layers.3: expert 1 has had no token in 3 reports" in caplog.messages[0]
+    said = "text.layers.3: no token in 3 reports in a row for expert 1: balance"
+    assert caplog.messages[0].startswith(said)
     assert look(4, 1, 2) == 1  # well again
     assert [look(4, 0, 2) for _ in range(STARVED_REPORTS)] == [1] * (STARVED_REPORTS - 1) + [2]
+
+
+def test_many_starved_experts_are_one_line(caplog):
+    warnings = Warnings()
+    for _ in range(STARVED_REPORTS):
+        warnings.look({"vision.blocks.1": torch.tensor([1] + [0] * 11)}, {})
+    (line,) = caplog.messages
+    assert "for experts 1, 2, 3, 4, 5, 6, 7, 8 and 3 others" in line

@@ -23,6 +23,7 @@ logger = logging.getLogger("titan_vlm")
 A2A_SHARE = 0.3
 DROP_RATE = 0.02
 STARVED_REPORTS = 3  # an expert without a token in as many reports in a row
+MOST_NAMED = 8  # experts in one warning
 
 Layers = dict[str, dict[str, float]]  # figures by name, by layer
 
@@ -134,7 +135,7 @@ class Warnings:
     """Says once when something begins to go wrong, and again when it was well in between."""
 
     def __init__(self):
-        self._said: set[tuple] = set()
+        self._said: set[str] = set()
         self._empty: dict[str, Tensor] = {}  # reports in a row that each expert had no token
 
     def look(self, loads: Mapping[str, Tensor], branches: Layers) -> None:
@@ -143,10 +144,10 @@ class Warnings:
         Args:
             branches: `branch_figures`.
         """
-        wrong = self._starved(loads)
+        wrong = {}
         share = sum(figures.get("a2a_share", 0.0) for figures in branches.values())
         if share > A2A_SHARE:
-            wrong["a2a",] = (
+            wrong["exchanges"] = (
                 f"exchanges between experts take {share:.0%} of the step, more than "
                 f"{A2A_SHARE:.0%}: spread the experts over fewer ranks (parallelism.ep), within a "
                 "node, or give each rank more tokens"
@@ -154,7 +155,7 @@ class Warnings:
         for branch, figures in branches.items():
             rate = figures.get("drop_rate", 0.0)
             if rate > DROP_RATE:
-                wrong["drops", branch] = (
+                wrong[f"drops of {branch}"] = (
                     f"{branch}: {rate:.1%} of the pairs of token and expert are dropped, more than "
                     f"{DROP_RATE:.0%}: raise moe.{branch}.capacity_factor or balance more"
                 )
@@ -162,17 +163,23 @@ class Warnings:
             if key not in self._said:
                 logger.warning(message)
         self._said = set(wrong)
+        self._starved(loads)
 
-    def _starved(self, loads: Mapping[str, Tensor]) -> dict[tuple, str]:
-        found = {}
+    def _starved(self, loads: Mapping[str, Tensor]) -> None:
         for name, load_E in loads.items():
             if not load_E.any():
                 continue  # nothing was routed there, no picture for instance
             empty_E = self._empty.get(name, torch.zeros_like(load_E))
             self._empty[name] = empty_E = (empty_E + 1) * (load_E == 0)
-            for expert in (empty_E >= STARVED_REPORTS).nonzero().flatten().tolist():
-                found["starved", name, expert] = (
-                    f"{name}: expert {expert} has had no token in {STARVED_REPORTS} reports in a "
-                    "row"
+            # A count goes on growing, so that it is told once.
+            if new := (empty_E == STARVED_REPORTS).nonzero().flatten().tolist():
+                others = f" and {len(new) - MOST_NAMED} others" if len(new) > MOST_NAMED else ""
+                logger.warning(
+                    "%s: no token in %d reports in a row for expert%s %s%s: balance more "
+                    "(docs/moe.md)",
+                    name,
+                    STARVED_REPORTS,
+                    "s" if len(new) > 1 else "",
+                    ", ".join(map(str, new[:MOST_NAMED])),
+                    others,
                 )
-        return found
