@@ -69,7 +69,7 @@ def moments(run):
 
 
 def skewed_loads(run, load=tuple(SKEWED)) -> dict[str, torch.Tensor]:
-    return {name: torch.tensor(load[:experts]) for name, (experts, _) in run.moe_layers.items()}
+    return {name: torch.tensor(load[:experts]) for name, (experts, *_) in run.moe_layers.items()}
 
 
 def assert_same(ours, theirs, limit=1e-9):
