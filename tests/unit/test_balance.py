@@ -171,6 +171,15 @@ def test_the_losses_of_learned_noise():
     assert all(g.abs().max() > 1e-6 for g in ours)
 
 
+def test_noise_that_has_died_out_leaves_gradients_finite():
+    made = router(router="noisy_topk", score="softmax_topk", cv_load=LOSS).float()
+    with torch.no_grad():
+        made.noise_weight.fill_(-10.0)
+    x_TD = 1 + 0.1 * hidden("three documents and padding").detach().float()
+    made(x_TD, tokens("three documents and padding")).weights_P.sum().backward()
+    assert made.weight.grad.isfinite().all() and made.noise_weight.grad.isfinite().all()
+
+
 def test_the_losses_count_the_choice_without_bias_and_the_load_the_one_that_was_made():
     made = router(score="sigmoid", aux_loss=LOSS, bias_update="sign")
     made.steering.bias_E[3] = 10.0  # everybody's choice

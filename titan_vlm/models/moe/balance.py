@@ -48,6 +48,7 @@ def squared_variation(x_E: Tensor) -> Tensor:
 
 
 _TINY = 1e-20
+_LEAST_STD = 1e-6
 
 
 def smooth_load(clean_VE: Tensor, noisy_VE: Tensor, std_VE: Tensor, top_k: int) -> Tensor:
@@ -59,7 +60,8 @@ def smooth_load(clean_VE: Tensor, noisy_VE: Tensor, std_VE: Tensor, top_k: int) 
     last_in, first_out = best_VK[:, -2:-1], best_VK[:, -1:]
     # What e must beat: the K-th best of the others.
     rival_VE = torch.where(noisy_VE >= last_in, first_out, last_in)
-    return torch.special.ndtr((clean_VE - rival_VE) / std_VE).sum(0)
+    # Dividing by what softplus makes of -50 has a gradient of 0 times infinity.
+    return torch.special.ndtr((clean_VE - rival_VE) / std_VE.clamp(min=_LEAST_STD)).sum(0)
 
 
 @dataclass
