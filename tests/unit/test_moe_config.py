@@ -92,6 +92,23 @@ def test_pictures_need_dimensions_for_their_experts(tmp_path):
         )
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"moe__vision__aux_loss": "0.1"}, "moe.vision.aux_loss: this model has no experts there"),
+        ({"moe__projector__z_loss": "0.1"}, "moe.projector.z_loss: this model has no experts"),
+        (
+            {"moe__text__score": "sigmoid", "model__flavor": "debug"},
+            "moe.text.score: this model has no experts there",
+        ),
+    ],
+)
+def test_settings_of_experts_that_are_not_there_are_refused(changes, words, tmp_path):
+    with pytest.raises(ConfigError) as error:
+        assemble(small_config(tmp_path, **changes))
+    assert words in str(error.value)
+
+
 def test_layers_by_list_by_step_and_all():
     assert chosen_layers(MoEConfig(layers=[0, 3]), 6) == (0, 3)
     assert chosen_layers(MoEConfig(every=2), 6) == (1, 3, 5)

@@ -1,6 +1,6 @@
 """Where a Qwen3-VL has experts, and how they are routed: the section [moe] laid over a flavour."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from titan_vlm.errors import ConfigError
 from titan_vlm.models.moe.config import MoE, MoEConfig, chosen_layers
@@ -44,6 +44,13 @@ def _check(branch: str, moe: MoEConfig, depth: int, experts: int, top_k: int) ->
     if beyond := [i for i in moe.layers if i >= depth]:
         raise ConfigError(f"moe.{branch}.layers: {beyond} of {depth} layers, counted from 0")
     if experts <= 0:
+        default = MoEConfig()
+        ignored = [f.name for f in fields(moe) if getattr(moe, f.name) != getattr(default, f.name)]
+        if moe.experts < 0 and ignored:
+            raise ConfigError(
+                f"moe.{branch}.{ignored[0]}: this model has no experts there; set experts, top_k "
+                "and expert_width, or leave it out"
+            )
         return
     if experts % moe.n_groups:
         raise ConfigError(
