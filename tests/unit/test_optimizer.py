@@ -9,6 +9,8 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from titan_vlm.config import Optimizer
 from titan_vlm.errors import ConfigError
+from titan_vlm.models.moe.config import MoEConfig
+from titan_vlm.models.moe.layer import MoE
 from titan_vlm.training.optimizer import build_optimizer, clip_grad_norm, freeze_parameters
 
 
@@ -38,6 +40,14 @@ def settings(**changes):
 def names_by_group(model, optimizer):
     names = {parameter: name for name, parameter in model.named_parameters()}
     return {g["name"]: {names[p] for p in g["params"]} for g in optimizer.param_groups}
+
+
+def test_biases_of_experts_do_not_decay():
+    model = Tiny()
+    model.text = MoE(4, 4, 2, 1, MoEConfig(expert_bias=True))
+    optimizer = build_optimizer(model, settings())
+    kept = {name for name in names_by_group(model, optimizer)["base"] if "text" in name}
+    assert kept == {"text.router.weight", "text.experts.gate_up", "text.experts.down"}
 
 
 def test_only_matrices_decay_and_the_position_table_does_not():

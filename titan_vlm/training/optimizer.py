@@ -76,11 +76,12 @@ def build_optimizer(
 def _decays(name: str, parameter: Tensor) -> bool:
     """Decay shrinks matrices only.
 
-    Biases and norm scales do not decay, nor does the vision tower's table of positions, whose
-    rows stand for places and are not mixed by a product (as in ViT and SigLIP training). The token
-    embedding decays, as in Megatron-LM and transformers: where it is tied it is the head.
+    Biases (those of experts are stacked) and norm scales do not decay, nor does the vision tower's
+    table of positions, whose rows stand for places and are not mixed by a product (as in ViT and
+    SigLIP training). The token embedding decays, as in Megatron-LM and transformers: where it is
+    tied it is the head.
     """
-    return parameter.ndim >= 2 and "pos_embed" not in name
+    return parameter.ndim >= 2 and "pos_embed" not in name and not name.endswith("bias")
 
 
 def _learning_rate_keys(model: nn.Module, branch_lr: dict[str, float]) -> dict[str, str]:
