@@ -441,6 +441,9 @@ def test_a_real_product_sets_the_alignment_it_needs(monkeypatch):
         routing = Routing(torch.arange(3), torch.tensor([0, 1, 1]), torch.ones(3), 4)
         _, state = layer.dispatcher.dispatch(torch.ones(3, 128), routing)
         assert (state.layout.ends_E % rows == 0).all() and state.layout.ends_E[0] == rows
+    layer.dispatcher = object()
+    with pytest.raises(ConfigError, match="the dispatcher of moe, .* aligns groups its own way"):
+        quantize.apply(torch.nn.ModuleDict({"moe": layer}), Mesh, Quantize("float8"))
 
 
 @pytest.mark.parametrize("counts", [COUNTS["some"], [32, 32, 64, 160]])

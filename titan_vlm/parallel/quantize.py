@@ -54,10 +54,15 @@ def apply(model: nn.Module, mesh: Mesh, config: Quantize) -> nn.Module:
         product = emulated(config.experts)
     else:
         product = by_torchao(config.experts, mesh.root.device_type)
-    for layer in moe_layers(model).values():
+    for name, layer in moe_layers(model).items():
         layer.experts.matmul = product
         if not config.emulate:
             local = getattr(layer.dispatcher, "local", layer.dispatcher)
-            assert isinstance(local, LocalDispatcher), "the dispatcher aligns groups its own way"
+            if not isinstance(local, LocalDispatcher):
+                raise ConfigError(
+                    f'quantize.experts = "{config.experts}": the dispatcher of {name}, '
+                    f'"{layer.router.config.dispatcher}", aligns groups its own way; use '
+                    '"all_to_all", or quantize.experts = "none"'
+                )
             local.align = RECIPES[config.experts].rows
     return model
