@@ -1,8 +1,11 @@
 """The MoE layer against a loop over tokens and experts, written from its definition."""
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from titan_vlm.models.init import init_weights
@@ -172,3 +175,11 @@ def test_an_experts_weights_depend_on_seed_name_and_expert_alone():
     assert not torch.equal(large.experts.down[0], large.experts.down[1])
     init_weights(small, 8, std=0.1)
     assert not torch.equal(small.experts.down, large.experts.down[:3])
+
+
+def test_fsdp_finds_the_tensors_of_a_routing():
+    """By pytrees in older PyTorch; without them a router of its own unit has freed weights in the
+    backward pass."""
+    importlib.import_module("titan_vlm.parallel.fsdp")
+    routing = Routing(torch.arange(2), torch.arange(2), torch.ones(2, requires_grad=True), 2)
+    assert any(x is routing.weights_P for x in tree_leaves(routing))

@@ -26,12 +26,17 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor, Shard
+from torch.utils._pytree import register_dataclass
 
 from titan_vlm.config import Config
 from titan_vlm.mesh import Mesh
 from titan_vlm.models.moe.experts import Experts
 from titan_vlm.models.moe.router import Router
+from titan_vlm.models.moe.routing import Routing
 
+# A router is a unit of its own in bf16. FSDP2 gathers it again for the backward pass by a hook on
+# the tensors of its output, for which older PyTorch looks into pytrees only.
+register_dataclass(Routing)
 # The output of the experts is a view, and nobody writes to it.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
