@@ -293,3 +293,13 @@ def test_counts_stay_exact_in_a_model_of_any_dtype():
     made = router(score="sigmoid", bias_update="sign").bfloat16()
     assert made.weight.dtype == torch.bfloat16
     assert {x.dtype for x in made.buffers()} == {torch.int64, torch.float64}
+
+
+def test_numbers_stay_exact_when_a_model_is_rounded():
+    made = router(score="sigmoid", bias_update="sign")
+    bias_E = torch.linspace(0.9, 1.1, EXPERTS).double()
+    made.steering.bias_E.copy_(bias_E)
+    made.sums.fill_(1234567.0)
+    made.bfloat16()
+    assert torch.equal(made.steering.bias_E, bias_E)
+    assert (made.sums == 1234567.0).all()

@@ -86,11 +86,14 @@ class Router(nn.Module):
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "Router":
         """`.to(dtype)` is for weights: counts, and what balances by them, stay float64."""
+        before = [dict(module._buffers) for module in self.modules()]
         super()._apply(fn, recurse)
-        for module in self.modules():
+        for module, buffers in zip(self.modules(), before, strict=True):
             for name, buffer in module._buffers.items():
-                if buffer.is_floating_point():
-                    module._buffers[name] = buffer.double()
+                if buffer.is_floating_point() and buffer.dtype != torch.float64:
+                    # `fn` has rounded it; a tensor on meta has no numbers to round.
+                    exact = buffer if buffers[name].is_meta else buffers[name]
+                    module._buffers[name] = exact.to(buffer.device, torch.float64)
         return self
 
     def forward(self, x_TD: Tensor, tokens: Tokens) -> Routing:
