@@ -303,3 +303,24 @@ def test_numbers_stay_exact_when_a_model_is_rounded():
     made.bfloat16()
     assert torch.equal(made.steering.bias_E, bias_E)
     assert (made.sums == 1234567.0).all()
+
+
+class Twins:
+    """Two ranks with the same tokens, as in evaluation."""
+
+    size = 2
+
+    def sum(self, x):
+        return 2 * x
+
+    def gather(self, x_P):
+        return torch.cat((x_P, x_P)), slice(0, len(x_P))
+
+
+@pytest.mark.parametrize("scope", ["sequence", "batch", "rank"])
+def test_evaluation_drops_nothing_on_any_mesh(scope):
+    of, x_TD = tokens("three documents and padding"), hidden("three documents and padding", "hot")
+    made = router(capacity_factor=0.8, min_capacity=1, capacity_scope=scope)
+    assert len(made(x_TD, of).weights_P) < TOP_K * len(of)
+    made.eval().batch_peers = Twins()
+    assert pairs(made(x_TD, of)) == pairs(router().eval()(x_TD, of))

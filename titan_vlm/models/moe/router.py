@@ -209,9 +209,13 @@ class Router(nn.Module):
         return Chosen(token_P, experts_P, scores_P.detach(), weights_P * config.route_scale)
 
     def room(self, chosen: Chosen, tokens: Tokens) -> Tensor | None:
-        """Which pairs are kept; None where none can be dropped."""
+        """Which pairs are kept; None where none can be dropped.
+
+        In training only: an answer must not depend on what else is answered, and in evaluation all
+        ranks have the same tokens, which `peers` would count as many times.
+        """
         config = self.config
-        if not config.capacity_factor or config.router == "expert_choice":
+        if not self.training or not config.capacity_factor or config.router == "expert_choice":
             return None
         alone = Alone()
         peers = {"sequence": self.sequence_peers, "batch": self.batch_peers, "rank": alone}
