@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.routing_cases import (
     EXPERTS,
@@ -324,3 +325,20 @@ def test_evaluation_drops_nothing_on_any_mesh(scope):
     assert len(made(x_TD, of).weights_P) < TOP_K * len(of)
     made.eval().batch_peers = Twins()
     assert pairs(made(x_TD, of)) == pairs(router().eval()(x_TD, of))
+
+
+def test_drops_wait_for_the_device_once():
+    class Waits(TorchDispatchMode):
+        names = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            masks = [x for x in args[1] if x is not None] if func is aten.index.Tensor else []
+            if func is aten.nonzero.default or any(x.dtype == torch.bool for x in masks):
+                self.names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    aten = torch.ops.aten
+    of, x_TD = tokens("three documents and padding"), hidden("three documents and padding", "hot")
+    with Waits():
+        router(capacity_factor=0.8, min_capacity=1)(x_TD, of)
+    assert Waits.names == ["aten::nonzero"]

@@ -114,11 +114,17 @@ class Router(nn.Module):
             kept_P = self.room(chosen, tokens)
             if counting:
                 self._count(logits_VE.detach(), chosen, kept_P, tokens)
-        token_P = chosen.token_P if kept_P is None else chosen.token_P[kept_P]
+        pairs = (chosen.token_P, chosen.experts_P, chosen.weights_P)
+        if kept_P is not None:
+            index = kept_P.nonzero().squeeze(
+                -1
+            )  # one wait for the device; a mask for each is three
+            pairs = tuple(x_P.index_select(0, index) for x_P in pairs)
+        token_P, experts_P, weights_P = pairs
         return Routing(
             token_ids_P=tokens.index_V.index_select(0, token_P),
-            expert_ids_P=chosen.experts_P if kept_P is None else chosen.experts_P[kept_P],
-            weights_P=chosen.weights_P if kept_P is None else chosen.weights_P[kept_P],
+            expert_ids_P=experts_P,
+            weights_P=weights_P,
             num_experts=self.num_experts,
         )
 
