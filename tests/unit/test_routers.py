@@ -342,3 +342,10 @@ def test_drops_wait_for_the_device_once():
     with Waits():
         router(capacity_factor=0.8, min_capacity=1)(x_TD, of)
     assert Waits.names == ["aten::nonzero"]
+
+
+def test_uniform_numbers_are_never_1(monkeypatch):
+    of = tokens("one token")
+    for bits, wanted in ((-1, 1 - 2.0**-53), (0, 2.0**-53)):
+        monkeypatch.setattr(noise, "_mix", lambda x, bits=bits: torch.full_like(x, bits))
+        assert noise.uniform(of, "here", "site", 1).item() == wanted

@@ -24,8 +24,8 @@ def uniform(tokens: Tokens, layer: str, site: str, width: int) -> Tensor:
     sample_V = _mix(tokens.keys_N ^ stream).index_select(0, tokens.sequence_V)
     token_V = _mix(sample_V + tokens.place_V * _GOLDEN)
     columns = torch.arange(width, device=token_V.device) * _GOLDEN
-    bits = _shift(_mix(token_V.unsqueeze(1) + columns), 11)
-    return bits.double() * 2.0**-53 + 2.0**-54
+    bits = _shift(_mix(token_V.unsqueeze(1) + columns), 12)
+    return bits.double() * 2.0**-52 + 2.0**-53  # with a bit more the largest would round to 1
 
 
 def gumbel(tokens: Tokens, layer: str, site: str, width: int) -> Tensor:
