@@ -8,6 +8,8 @@ import torch
 
 from tests.routing_cases import EXPERTS, TOP_K, best, hidden, router, tokens
 from titan_vlm.models.moe import noise
+from titan_vlm.models.moe.config import MoEConfig
+from titan_vlm.models.moe.router import Router
 from titan_vlm.models.moe.steering import BINS
 from titan_vlm.models.moe.tokens import Moment, name_key, tokens_of
 
@@ -72,14 +74,15 @@ def test_quantile_balancing_sets_the_bias_to_where_the_step_would_have_been_bala
     for _ in range(2):
         bias = made.steering.bias_E.clone()
         scores_VE = made_scores(made)
-        low, high = bias.min().item() - 1, bias.max().item() + 1
+        most = 1 + bias.max().item() - bias.min().item()
         asked = [[] for _ in range(EXPERTS)]
         for row in scores_VE.tolist():
             rival = sorted((s + b for s, b in zip(row, bias.tolist(), strict=True)), reverse=True)
             for e in range(EXPERTS):
-                asked[e].append(rival[TOP_K] - row[e])
+                asked[e].append(math.cbrt((rival[TOP_K] - row[e] - bias[e].item()) / most))
         share = TOP_K / EXPERTS
-        wanted = [naive_quantile(x, share, low, (high - low) / BINS) for x in asked]
+        places = [naive_quantile(x, share, -1.0, 2 / BINS) for x in asked]
+        wanted = [b + most * u**3 for b, u in zip(bias.tolist(), places, strict=True)]
         wanted = [b - sum(wanted) / EXPERTS for b in wanted]
         step(made)
         assert made.steering.bias_E.tolist() == pytest.approx(wanted, abs=1e-9)
@@ -119,6 +122,20 @@ def test_a_skewed_load_becomes_even(settings, steps):
     assert imbalance[-1] < 1.1
     if settings.get("router") == "threshold":  # K experts of a token on average
         assert made.load_E.sum() == pytest.approx(TOP_K * 2000, rel=0.05)
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_quantiles_balance_hundreds_of_experts_whose_scores_hardly_differ(score):
+    generator = torch.Generator().manual_seed(0)
+    made = Router(32, 256, 8, MoEConfig(score=score, bias_update="quantile"))
+    torch.nn.init.normal_(made.weight, std=0.05, generator=generator)
+    x_TD = torch.randn(4096, 32, generator=generator) + 0.3
+    for _ in range(8):
+        made.load_E.zero_()
+        made(x_TD, tokens_of([4096]))
+        made.steering.update(made.steering.pending.clone())
+        made.steering.pending.zero_()
+    assert made.load_E.max() / made.load_E.double().mean() < 1.1
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])

@@ -83,10 +83,14 @@ class QuantileBias(Steering):
 
     With a_v the (K+1)-th best biased score of token v, expert e gets v when its score plus bias is
     above: the bias that v asks of it is a_v - s_ve, and its K/E-quantile over the tokens lets in
-    their K/E-th part. Quantiles come from a histogram over [min bias - 1, max bias + 1], within
-    which every a_v - s_ve lies, linear inside a bin: sums of whole numbers, the same on every mesh.
+    their K/E-th part. Quantiles come from a histogram of what v asks beyond the bias that e has,
+    linear inside a bin: sums of whole numbers, the same on every mesh. It lies within +-(1 + max
+    bias - min bias); bins are even in its cube root, so that they are the finer the less there is
+    to change: scores of a softmax over hundreds of experts differ by thousandths.
     (Quantile balancing of Megatron-Core and of the Kimi K3 report, appendix D.)
     """
+
+    LOW, WIDTH = -1.0, 2.0 / BINS
 
     def __init__(self, num_experts: int, top_k: int):
         super().__init__(num_experts * BINS, bias_E=torch.zeros(num_experts))
@@ -95,16 +99,15 @@ class QuantileBias(Steering):
     def look(self, scores_VE: Tensor) -> None:
         by_VE = scores_VE + self.bias_E.to(scores_VE.dtype)
         next_V1 = by_VE.topk(min(self.top_k + 1, by_VE.shape[1]), dim=-1).values[:, -1:]
-        low, width = self._range()
-        self.pending += histogram(next_V1 - scores_VE, low, width)
+        asked_VE = (next_V1 - by_VE).double() / self._most()
+        self.pending += histogram(asked_VE.sign() * asked_VE.abs() ** (1 / 3), self.LOW, self.WIDTH)
 
-    def _range(self) -> tuple[Tensor, Tensor]:
-        low = self.bias_E.min() - 1
-        return low, (self.bias_E.max() + 1 - low) / BINS
+    def _most(self) -> Tensor:
+        return 1 + self.bias_E.max() - self.bias_E.min()
 
     def update(self, total: Tensor) -> None:
-        low, width = self._range()
-        bias_E = quantile(total.view(-1, BINS), self.share, low, width)
+        place_E = quantile(total.view(-1, BINS), self.share, self.LOW, self.WIDTH)
+        bias_E = self.bias_E + self._most() * place_E**3
         found = total.sum() > 0  # a step without any token says nothing
         self.bias_E.copy_(torch.where(found, bias_E - bias_E.mean(), self.bias_E))
 
