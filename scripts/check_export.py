@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -74,7 +75,9 @@ def compare(
     config: Config, directory: Path, samples: int
 ) -> tuple[list[RawSample], list[list[int]], list[list[int]], Parts]:
     """Samples, our tokens and transformers' tokens for each."""
-    parts = assemble(config)
+    # What was upcycled has experts now.
+    text = replace(config.moe.text, upcycle_shards=0, upcycle_noise=0.0)
+    parts = assemble(replace(config, moe=replace(config.moe, text=text)))
     chosen = choose(build_held_out(config), samples)
     prompts = [raw.messages[: last_assistant_turn(raw.messages)] for raw in chosen]
     longest, stop = config.eval.max_new_tokens, parts.tokenizer.eos_token_id

@@ -125,6 +125,7 @@ def convert_checkpoint(source: Path, target: Path, arguments: argparse.Namespace
         raise ConfigError(f"{toml} is missing; --config names the configuration of the run")
     config = load_config(str(toml))
     parts = assemble(config)
+    parts.spec.check_exportable(parts.dims)
     state = CheckpointTensors(source)
     state.check({link.ours: link.shape for link in links(parts.dims, {})})
     export(

@@ -197,8 +197,7 @@ def train_step(run: Run, metrics: MetricsLogger) -> None:
     run.optimizer.zero_grad()
     run.step += 1
     if due(run.step, run.config.parallelism.eplb_interval):
-        figures = routing.collect(run.model, run.moe_layers, run.mesh, run.device, reset=False)
-        loads = {name: layer.load_E for name, layer in figures.items()}
+        loads = routing.loads_to_place(run.model, run.mesh)
         placement.rebalance(run.model, run.optimizer, run.mesh, loads)
     report_step(run, metrics, counts, loss, norm, rates)
 

@@ -67,6 +67,7 @@ TEXT = {
         "capacity_factor": "0.7",
         "capacity_scope": "batch",
         "drop": "score",
+        "allow_noncausal": "true",
     },
 }
 ROUTINGS = {name: {f"moe.text.{k}": v for k, v in of.items()} for name, of in TEXT.items()}

@@ -118,3 +118,27 @@ def test_the_gates_of_a_bfloat16_run_are_gathered_in_float32(tmp_path):
             assert dtypes == torch.bfloat16
         else:
             assert dtypes == (torch.float32, torch.bfloat16, torch.float32)
+
+
+def test_a_frozen_router_keeps_its_bias(tmp_path):
+    from tests.small_run import Silent
+
+    steered = {key: value for key, value in STEERED.items() if "metrics" not in key}
+    run = train.prepare(small_config(tmp_path, **steered, training__freeze="*layers.1.moe.router*"))
+    train.train_step(run, Silent())
+    run.loader.close()
+    torch.distributed.destroy_process_group()
+    biases = {n: layer.router.steering.bias_E for n, layer in moe_layers(run.model).items()}
+    assert not biases["text.layers.1"].any()
+    assert biases["text.layers.2"].any()
+
+
+def test_what_transformers_cannot_hold_is_not_converted_either(tmp_path, capsys):
+    from scripts import convert
+
+    assert run(tmp_path, checkpoint__export_hf="false", moe__text__shared_width="32") == 0
+    capsys.readouterr()
+    step = tmp_path / "checkpoints" / "step-000006"
+    assert convert.main([str(step), str(tmp_path / "hf")]) == 2
+    said = capsys.readouterr().err
+    assert "no shared expert (moe.text.shared_width)" in said and said.count("\n") == 1

@@ -59,7 +59,12 @@ def steer(model: nn.Module, layers: Layers, mesh: Mesh, device: torch.device, st
     routers = routers_of(model)
     zero = torch.zeros(1, dtype=torch.float64, device=device)
     broken = [routers[name].broken if name in routers else zero for name in layers]
-    steered = [router.steering for router in routers.values() if router.steering is not None]
+    # A frozen router stays as it is.
+    steered = [
+        router.steering
+        for router in routers.values()
+        if router.steering is not None and router.weight.requires_grad
+    ]
     flat = torch.cat([*broken, *(steering.pending for steering in steered)])
     flat = distributed.sum_over(mesh.tokens, flat)
     flags, *totals = flat.split([len(broken), *(x.pending.numel() for x in steered)])
@@ -136,20 +141,20 @@ class Figures:
 
 @torch.no_grad()
 def collect(
-    model: nn.Module, layers: Layers, mesh: Mesh, device: torch.device, reset: bool = True
+    model: nn.Module, layers: Layers, mesh: Mesh, device: torch.device
 ) -> dict[str, Figures]:
-    """Each layer's figures since they were last `reset`."""
+    """Each layer's figures since this was last asked for."""
     if not layers:
         return {}
     here, clocks_LC = counters(model), _read_clocks(model, layers, mesh)
     sizes = [layer.num_experts + len(SUMS) for layer in layers.values()]
     empty = [torch.zeros(size, dtype=torch.float64, device=device) for size in sizes]
-    parts = [here.get(name, zeros) for name, zeros in zip(layers, empty, strict=True)]
+    parts = [here.get(name, zeros)[: len(zeros)] for name, zeros in zip(layers, empty, strict=True)]
     flat = torch.cat([*parts, clocks_LC.flatten().to(device)])
     flat = distributed.sum_over(mesh.pp, distributed.sum_over(mesh.tokens, flat)).cpu()
     *parts, clocks = flat.split([*sizes, clocks_LC.numel()])
     rows = clocks.view_as(clocks_LC).tolist()
-    for layer in moe_layers(model).values() if reset else ():
+    for layer in moe_layers(model).values():
         layer.router.load_E.zero_()
         layer.router.sums.zero_()
         layer.clock.reset()
@@ -181,9 +186,11 @@ def _read_clocks(model: nn.Module, layers: Layers, mesh: Mesh) -> Tensor:
 
 
 def counters(model: nn.Module) -> dict[str, Tensor]:
-    """By layer of this rank, its loads and sums as one float64 tensor."""
-    routers = routers_of(model).items()
-    return {name: torch.cat((router.load_E.double(), router.sums)) for name, router in routers}
+    """By layer of this rank, what it has counted, as one float64 tensor."""
+    return {
+        name: torch.cat((router.load_E.double(), router.sums, router.placed_E.double()))
+        for name, router in routers_of(model).items()
+    }
 
 
 @torch.no_grad()
@@ -191,6 +198,22 @@ def add_counters(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
     """Go on from what `counters` returned when a run was saved."""
     for name, router in routers_of(model).items():
         if name in saved:
-            load_E, sums = saved[name].to(router.sums).split([router.num_experts, len(SUMS)])
+            sizes = [router.num_experts, len(SUMS), router.num_experts]
+            load_E, sums, placed_E = saved[name].to(router.sums).split(sizes)
             router.load_E += load_E.long()
+            router.placed_E += placed_E.long()
             router.sums += sums
+
+
+@torch.no_grad()
+def loads_to_place(model: nn.Module, mesh: Mesh) -> dict[str, Tensor]:
+    """By layer of this stage, pairs of each expert on all ranks since this was last asked for."""
+    routers = routers_of(model)
+    if not routers:
+        return {}
+    flat = torch.cat([router.placed_E for router in routers.values()])
+    flat = distributed.sum_over(mesh.tokens, flat).cpu()
+    for router in routers.values():
+        router.placed_E.zero_()
+    sizes = [router.num_experts for router in routers.values()]
+    return dict(zip(routers, flat.split(sizes), strict=True))

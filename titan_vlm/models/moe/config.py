@@ -162,7 +162,9 @@ class MoEConfig:
         "most it takes, the others are dropped; 0 drops none.",
         at_least=0,
     )
-    min_capacity: int = setting(4, "With capacity_factor: an expert takes this many.", at_least=0)
+    min_capacity: int = setting(
+        4, "With capacity_factor: an expert takes at least this many.", at_least=0
+    )
     capacity_scope: Literal["sequence", "batch", "rank"] = setting(
         "sequence",
         "What the even share is of: a document or picture, the rows of one micro-batch index of "
@@ -214,7 +216,7 @@ class MoEConfig:
     def is_plain(self) -> bool:
         """Whether a trained layer computes what Qwen3's does: softmax, top-k, normalised."""
         return (
-            self.router in ("topk", "random", "balanced")
+            self.router == "topk"
             and (self.score == "softmax_topk" or (self.score == "softmax" and self.normalize))
             and self.route_scale == 1.0
             and self.n_groups == 1
@@ -308,6 +310,15 @@ def _branch_conflicts(config: MoEConfig, branch: str) -> Iterator[str]:
             '"quantile", which balances by itself',
         ),
         (
+            config.drop == "score" and branch == "text" and not config.allow_noncausal,
+            'drop = "score": whether a token keeps its expert depends on later ones, so a decoder '
+            'sees the future in training; use "position", or set allow_noncausal = true',
+        ),
+        (
+            len(set(config.layers)) < len(config.layers),
+            f"layers: expected each once, got {config.layers}",
+        ),
+        (
             config.n_groups > 1 and config.router != "topk",
             f'n_groups = {config.n_groups}: needs router = "topk", got "{config.router}"',
         ),
@@ -330,7 +341,8 @@ def _branch_conflicts(config: MoEConfig, branch: str) -> Iterator[str]:
         (
             config.upcycle_shards > 0 and not (config.is_plain and config.experts > 0),
             "upcycle_shards: the first forward pass is the dense model's only with experts, top_k "
-            "and expert_width set and weights that sum to 1 (score softmax, normalize = true)",
+            "and expert_width set, router topk and weights that sum to 1 (score softmax, normalize "
+            "= true), and without bias_update, n_groups, route_scale, expert_bias, shared_width",
         ),
         (
             config.upcycle_shards > 0
@@ -371,3 +383,31 @@ def _branch_conflicts(config: MoEConfig, branch: str) -> Iterator[str]:
     for broken, message in rules:
         if broken:
             yield message
+    yield from _without_effect(config)
+
+
+def _without_effect(config: MoEConfig) -> Iterator[str]:
+    """Settings that nothing would read."""
+    drops = config.capacity_factor > 0 and config.router != "expert_choice"
+    chooses = config.router == "expert_choice"
+    fused = config.dispatcher not in ("local", "all_to_all", "allgather")
+    needs = {
+        "ec_chunk": (chooses, 'router = "expert_choice"'),
+        "ec_fallback": (chooses, 'router = "expert_choice"'),
+        "noise_eps": (config.noise == "jitter", 'noise = "jitter"'),
+        "ema_decay": (config.router in RAGGED, 'router = "threshold" or "expert_choice"'),
+        "min_capacity": (drops, "capacity_factor, and tokens that choose"),
+        "capacity_scope": (drops, "capacity_factor, and tokens that choose"),
+        "drop": (drops, "capacity_factor, and tokens that choose"),
+        "bias_speed": (config.bias_update == "sign", 'bias_update = "sign"'),
+        "bias_centred": (config.bias_update == "sign", 'bias_update = "sign"'),
+        "topk_groups": (config.n_groups > 1, "n_groups"),
+        "fused": (fused, 'dispatcher = "deepep", "hybridep" or "uccl_ep"'),
+    }
+    default = MoEConfig()
+    for key, (read, needed) in needs.items():
+        if getattr(config, key) != getattr(default, key) and not read:
+            yield f"{key}: does nothing without {needed}"
+    for loss in LOSSES:
+        if getattr(config.anneal, loss) and not getattr(config, loss):
+            yield f"anneal.{loss}: the coefficient {loss} is 0"

@@ -62,6 +62,7 @@ class Router(nn.Module):
 
     load_E    pairs made of each expert in training since it was last zeroed, before drops
     sums      of `SUMS`, over the same time
+    placed_E  as load_E, since experts were last moved
     """
 
     def __init__(self, width: int, num_experts: int, top_k: int, config: MoEConfig, name: str = ""):
@@ -76,6 +77,7 @@ class Router(nn.Module):
         self.sequence_peers = self.batch_peers = Alone()
         counters = {
             "load_E": torch.zeros(num_experts, dtype=torch.int64),
+            "placed_E": torch.zeros(num_experts, dtype=torch.int64),
             "sums": torch.zeros(len(SUMS), dtype=torch.float64),
             # Of the step under way.
             "seen_E": torch.zeros(num_experts, dtype=torch.float64),
@@ -287,6 +289,7 @@ class Router(nn.Module):
     ) -> None:
         pairs_E = count(chosen.experts_P, self.num_experts)
         self.load_E += pairs_E
+        self.placed_E += pairs_E
         self.broken += (~logits_VE.isfinite()).any()
         if self.steering is not None:
             self.steering.add(pairs_E, chosen)

@@ -22,6 +22,10 @@ def with_experts(config: Qwen3VLConfig, moe: MoE) -> Qwen3VLConfig:
     }
     if wanted.layers or wanted.every:
         chosen = chosen_layers(wanted, text.num_layers)
+        if not chosen:
+            raise ConfigError(
+                f"moe.text.every = {wanted.every}: there are {text.num_layers} layers"
+            )
         dense = tuple(i for i in range(text.num_layers) if i not in chosen)
         dims |= {"decoder_sparse_step": 1, "mlp_only_layers": dense}
     mergers = 1 + len(vision.deepstack_layers)
@@ -56,6 +60,10 @@ def _check(branch: str, moe: MoEConfig, depth: int, experts: int, top_k: int) ->
         raise ConfigError(
             f"moe.{branch}.n_groups: expected a divisor of the {experts} experts, got "
             f"{moe.n_groups}"
+        )
+    if top_k > experts:
+        raise ConfigError(
+            f"moe.{branch}.top_k: expected at most the {experts} experts of a layer, got {top_k}"
         )
     within = experts // moe.n_groups * moe.topk_groups
     if top_k > within:

@@ -50,7 +50,9 @@ class Upcycled(Mapping[str, Tensor]):
                 f"the dense layer's intermediate_size {text.intermediate_size}; expected "
                 f"{text.intermediate_size / shards:g}"
             )
-        self.dense = replace(config, text=replace(text, num_experts=0, moe=MoEConfig()))
+        none = {"num_experts": 0, "num_experts_per_tok": 0, "moe_intermediate_size": 0}
+        none |= {"decoder_sparse_step": 1, "mlp_only_layers": ()}
+        self.dense = replace(config, text=replace(text, **none, moe=MoEConfig()))
         self.tensors = HFTensors(directory, self.dense)
 
     def __getitem__(self, name: str) -> Tensor:
