@@ -34,7 +34,7 @@ METHODS: dict[str, dict[str, str]] = {
     "none": {},
     "aux_loss": {"aux_loss": "0.02"},
     "sequence_loss": {"sequence_loss": "0.02"},
-    "importance_loss": {"importance_loss": "0.02"},
+    "importance_loss": {"importance_loss": "0.1"},
     "z_loss": {"z_loss": "0.001"},
     "sign bias, sigmoid": {"score": "sigmoid", "bias_update": "sign", "bias_speed": "0.01"},
     "sign bias + sequence_loss": {
