@@ -55,7 +55,7 @@ def _build(cls: type, table: dict[str, Any], where: str, prefix: str, root: type
     for name, value in table.items():
         key = prefix + name
         if name not in known:
-            raise _unknown(root, key, where, is_section=not prefix and isinstance(value, dict))
+            raise _unknown(root, key, where, is_table=isinstance(value, dict))
         kind = known[name].type
         if not is_dataclass(kind):
             values[name] = _checked(value, known[name], key, where)
@@ -229,12 +229,25 @@ def _show(value: Any) -> str:
     return shown if len(shown) <= 80 else f"{shown[:77]}..."
 
 
-def _unknown(root: type, key: str, where: str, is_section: bool = False) -> ConfigError:
-    if is_section:
-        section = _nearest(key, [f.name for f in fields(root)])
-        return ConfigError(f"{where}: [{key}]: unknown section; nearest known: [{section}]")
-    known = [name for name, _ in leaves(root)]
-    return ConfigError(f"{where}: {key}: unknown key; nearest known: {_nearest(key, known)}")
+def _unknown(root: type, key: str, where: str, is_table: bool = False) -> ConfigError:
+    if not is_table:
+        known = [name for name, _ in leaves(root)]
+        return ConfigError(f"{where}: {key}: unknown key; nearest known: {_nearest(key, known)}")
+    sections = set(_sections(root))
+    # A key may hold a table, too, but none does outside of a section.
+    tables = [name for name, f in leaves(root) if get_origin(f.type) is dict and "." in key]
+    nearest = _nearest(key, [*sorted(sections), *tables])
+    if nearest in sections:
+        return ConfigError(f"{where}: [{key}]: unknown section; nearest known: [{nearest}]")
+    return ConfigError(f"{where}: {key}: unknown key; nearest known: {nearest}")
+
+
+def _sections(cls: type, prefix: str = "") -> Iterator[str]:
+    """Dotted names of the tables that are dataclasses."""
+    for f in fields(cls):
+        if is_dataclass(f.type):
+            yield prefix + f.name
+            yield from _sections(f.type, f"{prefix}{f.name}.")
 
 
 def _nearest(key: str, known: Iterable[str]) -> str:

@@ -305,7 +305,19 @@ def test_values_nested_without_end_are_refused(toml):
         ("[zzz]", "[zzz]: unknown section; nearest known: ["),
         ("training = 5", "training: expected a section [training], got 5"),
         ("[[training]]\nsteps = 5", 'training: expected a section [training], got [{"steps": 5}]'),
-        ("[training.sub]\nsteps = 5", "training.sub: unknown key; nearest known: training."),
+        ("[training.sub]\nsteps = 5", "[training.sub]: unknown section; nearest known: [training]"),
+        ("[moe.tex]\ntop_k = 5", "[moe.tex]: unknown section; nearest known: [moe.text]"),
+        ("[text]\ntop_k = 5", "[text]: unknown section; nearest known: [moe.text]"),
+        ("[moe.text.fusd]", "[moe.text.fusd]: unknown section; nearest known: [moe.text.fused]"),
+        (
+            "[moe.text.anneal.aux_los]\n0 = 1.0",
+            "moe.text.anneal.aux_los: unknown key; nearest known: moe.text.anneal.aux_loss",
+        ),
+        (
+            "[optimizer]\nbranch_lrs = { vision = 1e-4 }",
+            "optimizer.branch_lrs: unknown key; nearest known: optimizer.branch_lr",
+        ),
+        ("[moe.text]\nexpert = 5", "moe.text.expert: unknown key; nearest known: moe.text.experts"),
         ('[training]\n"a\\nb" = 5', "training.a b: unknown key; nearest known: training."),
     ],
 )
