@@ -223,6 +223,31 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, capfd):
     assert (tmp_path / "config.toml").read_text() == before
 
 
+SIGN, QUANTILE = ({"moe__text__bias_update": kind} for kind in ("sign", "quantile"))
+THRESHOLD = {"moe__text__router": "threshold"}
+
+
+@pytest.mark.parametrize(
+    ("saved", "set_now", "said"),
+    [
+        (SIGN, {}, 'bias_E is only there, of a run with bias_update = "sign" or "quantile"'),
+        ({}, SIGN, 'bias_E is not in it, which bias_update = "sign" or "quantile" needs'),
+        ({}, THRESHOLD, 'threshold_E is not in it, which router = "threshold" needs'),
+        (THRESHOLD, QUANTILE, 'bias_E is not in it, which bias_update = "sign" or "quantile"'),
+    ],
+)
+def test_a_checkpoint_of_other_balancing_names_the_buffer_and_what_to_do(
+    tmp_path, capfd, saved, set_now, said
+):
+    kept = {"checkpoint__export_hf": "false"}
+    assert run(tmp_path, training__steps="2", **saved, **kept) == 0
+    assert run(tmp_path, training__steps="4", **set_now, **kept) == 2
+    (line,) = [x for x in capfd.readouterr().err.splitlines() if x.startswith("error:")]
+    assert "other balancing of experts: text.layers.1.moe.router.steering." in line
+    assert said in line and "another run.output_dir" in line
+    assert "another model" not in line
+
+
 def test_a_batch_that_ranks_do_not_divide_is_refused_with_the_nearest():
     config = load_config("qwen_vlm_moe.toml", ["--training.micro_batch_size", "2"])
     degrees = {"dp_replicate": 1, "dp_shard": 3, "ep": 1, "tp": 1}

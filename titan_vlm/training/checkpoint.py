@@ -227,6 +227,9 @@ def _check_fit(folder: Path, metadata: Metadata, wanted: dict[str, Form]) -> Non
     ]
     missing = [f"{name} is not in it" for name in wanted if name not in saved]
     unexpected = [f"{name} is only there" for name in saved if name not in wanted]
+    differing = [name for name in (*wanted, *saved) if (name in saved) != (name in wanted)]
+    if differing and not (shapes or dtypes) and all(_STEERING in name for name in differing):
+        raise ConfigError(_other_steering(folder, differing, saved))
     problems = [*shapes, *missing, *unexpected, *dtypes]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
@@ -234,6 +237,29 @@ def _check_fit(folder: Path, metadata: Metadata, wanted: dict[str, Form]) -> Non
             f"{folder} is a checkpoint of another model: {'; '.join(problems[:3])}{more}; "
             "set the model it was trained with, or another run.output_dir"
         )
+
+
+# What balances experts without a loss (`models/moe/steering.py`), and the settings that ask for it.
+_STEERING = ".router.steering."
+_ASKED_BY = {
+    "bias_E": 'bias_update = "sign" or "quantile"',
+    "threshold_E": 'router = "threshold"',
+    "load_ema_E": 'router = "expert_choice"',
+}
+
+
+def _other_steering(folder: Path, differing: list[str], saved: Mapping[str, Any]) -> str:
+    """`differing`: buffers that only the checkpoint or only the model has, of steering alone."""
+    name = next(name for name in differing if name.rpartition(".")[2] in _ASKED_BY)
+    setting, buffer = _ASKED_BY[name.rpartition(".")[2]], name.removeprefix("model.")
+    if name in saved:
+        problem = f"{buffer} is only there, of a run with {setting}: set that again"
+    else:
+        problem = f"{buffer} is not in it, which {setting} needs: leave that as it was"
+    return (
+        f"{folder} was saved with other balancing of experts: {problem} in that branch's [moe.*], "
+        "or start anew in another run.output_dir"
+    )
 
 
 def _ranks(saved: Mapping[str, Any]) -> int:
