@@ -120,7 +120,10 @@ def test_expert_loads_and_skipped_samples_are_reported(tmp_path):
     assert record["experts/text.layers.1/entropy"] == pytest.approx(1.0)
     assert record["skipped/broken image"] == 2
     line = console_line(record, 100)
-    assert line.endswith("experts 0.50-1.50 | skipped 3")
+    assert line.endswith("experts 0.50-1.50 | skipped 3")  # of the text branch alone: no label
+    metrics.branches = dict.fromkeys(loads, "vision")
+    line = console_line(step(metrics, 2, expert_loads=loads), 100)
+    assert line.endswith("experts vision 0.50-1.50")
 
 
 def test_heat_map_has_a_cell_for_each_expert_of_each_layer():

@@ -101,6 +101,7 @@ def test_a_branch_is_summed_up(pp_ranks):
     branches = branch_figures(layer_figures(LOADS, ROUTING, TIMINGS, 100.0), BRANCHES, pp_ranks)
     assert branches["text"] == {
         "imbalance": 3.0,
+        "min": 0.0,
         "drop_rate": pytest.approx(0.2),
         "dead": 2.0,
         "balance_loss": pytest.approx(0.03),
@@ -108,7 +109,12 @@ def test_a_branch_is_summed_up(pp_ranks):
         "a2a_share": pytest.approx(0.1 / pp_ranks),
     }
     assert branches["vision"]["imbalance"] == 1.5 and "drop_rate" not in branches["vision"]
-    assert branches["projector"] == {"imbalance": 1.0, "dead": 0.0, "balance_loss": 0.5}
+    assert branches["projector"] == {
+        "imbalance": 1.0,
+        "min": 1.0,
+        "dead": 0.0,
+        "balance_loss": 0.5,
+    }
 
 
 def test_a_record_has_the_branches_and_moe_jsonl_the_layers(tmp_path):
@@ -127,7 +133,8 @@ def test_a_record_has_the_branches_and_moe_jsonl_the_layers(tmp_path):
         assert figures["load"] == LOADS[name].tolist()
         assert ROUTING[name].items() <= figures.items() and TIMINGS[name].items() <= figures.items()
     shown = console_line(record, 100)
-    assert "experts 0.00-3.00 | drops 20.0%" in shown
+    loads = "experts text 0.00-3.00, vision 0.50-1.50, projector 1.00-1.00"
+    assert f"{loads} | drops 20.0%" in shown
     assert "drops" not in console_line(record | {"moe/text/drop_rate": 0.0}, 100)
 
 

@@ -7,6 +7,7 @@ Rates are over the wall time since the report before, without the time spent in 
 """
 
 import json
+import re
 import resource
 import sys
 import time
@@ -240,12 +241,15 @@ def console_line(record: dict[str, Any], total_steps: int) -> str:
     if "mfu" in record:
         parts.append(f"MFU {record['mfu']:5.1%}")
     parts += [f"{record['memory_gib']:5.1f} GiB", f"data {record['data_wait']:5.1%}"]
-    experts = {
-        key: [x for name, x in record.items() if name.startswith("experts/") and name.endswith(key)]
-        for key in ("/min", "/max")
-    }
-    if experts["/min"]:
-        parts.append(f"experts {min(experts['/min']):.2f}-{max(experts['/max']):.2f}")
+    branches = [name.split("/")[1] for name in record if re.fullmatch("moe/[^/]+/imbalance", name)]
+    loads = [
+        # Where there are experts in the text branch alone, nobody asks whose they are.
+        ("" if branches == ["text"] else f"{branch} ")
+        + f"{record[f'moe/{branch}/min']:.2f}-{record[f'moe/{branch}/imbalance']:.2f}"
+        for branch in branches
+    ]
+    if loads:
+        parts.append(f"experts {', '.join(loads)}")
     if drops := max((x for name, x in record.items() if name.endswith("/drop_rate")), default=0.0):
         parts.append(f"drops {drops:.1%}")
     skipped = sum(x for name, x in record.items() if name.startswith("skipped/"))

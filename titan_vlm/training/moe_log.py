@@ -53,7 +53,8 @@ def layer_figures(
 
 
 def branch_figures(layers: Layers, branches: Mapping[str, str], pp_ranks: int) -> Layers:
-    """By branch: the worst imbalance, the mean drop rate, and of the rest the sum over layers.
+    """By branch: the worst imbalance, the least load of an expert, the mean drop rate, and of the
+    rest the sum over layers.
 
     Shares are of a rank's step on average: with a pipeline each rank has some of the layers.
 
@@ -67,7 +68,7 @@ def branch_figures(layers: Layers, branches: Mapping[str, str], pp_ranks: int) -
         def values(key: str, own: list[dict[str, float]] = own) -> list[float]:
             return [figures[key] for figures in own if key in figures]
 
-        summary = {"imbalance": max(values("imbalance"))}
+        summary = {"imbalance": max(values("imbalance")), "min": min(values("min"))}
         if drops := values("drop_rate"):
             summary["drop_rate"] = sum(drops) / len(drops)
         for key in ("dead", "balance_loss"):
