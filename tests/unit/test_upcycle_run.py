@@ -99,6 +99,30 @@ def test_what_cannot_be_made_of_the_dense_model_is_refused(tmp_path, dense, chan
     assert words in str(error.value)
 
 
+def test_a_checkpoint_that_has_experts_is_not_upcycled(tmp_path, dense):
+    """Of the same dimensions: it is the directory's tensors that tell."""
+    changes = upcycled(dense[0], 4, 2, 384, 1) | {"checkpoint__export_dtype": "float32"}
+    run = train.prepare(small_config(tmp_path / "made", **changes))
+    train.export_hf(run)
+    run.loader.close()
+    torch.distributed.destroy_process_group()
+    changes["checkpoint__initial_load_path"] = str(tmp_path / "made" / "hf")
+    with pytest.raises(
+        ConfigError, match=r"hf has experts \(.*mlp.experts.*upcycle_shards = 1"
+    ) as e:
+        train.prepare(small_config(tmp_path / "again", **changes))
+    torch.distributed.destroy_process_group()
+    assert "\n" not in str(e.value)
+
+
+def test_a_dense_checkpoint_is_not_taken_for_experts(tmp_path, dense):
+    changes = upcycled(dense[0], 4, 2, 384, shards=0)
+    with pytest.raises(ConfigError, match=r"hf is dense .*set moe.text.upcycle_shards") as error:
+        train.prepare(small_config(tmp_path, **changes))
+    torch.distributed.destroy_process_group()
+    assert "missing" not in str(error.value)
+
+
 def test_a_dense_checkpoint_is_needed(tmp_path):
     with pytest.raises(ConfigError, match="checkpoint.initial_load_path, got none"):
         small_config(

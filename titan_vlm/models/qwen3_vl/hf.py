@@ -22,7 +22,7 @@ where no layout suits both and this is the one that nobody misreads without an e
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -174,6 +174,7 @@ class HFTensors(Mapping[str, Tensor]):
             re.sub(r"^(language_model|visual)\.", r"model.\1.", name): info
             for name, info in read_headers(directory).items()
         }
+        _refuse_dense(directory, self.infos, config)
         self.layouts = _find_layouts(self.infos, config)
         self.links = {link.ours: link for link in links(config, self.layouts)}
         _check_fit(self.directory, self.infos, list(self.links.values()), config)
@@ -213,6 +214,25 @@ def fill(
     _warn_of_other_settings(Path(directory), config)
     for name, parameter in model.named_parameters():
         copy_into(parameter, tensors[name])
+
+
+def find_experts(names: Iterable[str]) -> str | None:
+    """The first of a checkpoint's tensors that holds experts."""
+    return next((name for name in names if ".mlp.experts." in name), None)
+
+
+def _refuse_dense(
+    directory: str | Path, infos: Mapping[str, TensorInfo], config: Qwen3VLConfig
+) -> None:
+    """Say what to do with a dense checkpoint for a model with experts, instead of what it lacks."""
+    for i in filter(config.text.is_moe_layer, range(config.text.num_layers)):
+        dense = their_name(f"text.layers.{i}.mlp.gate.weight")
+        if dense in infos and not find_experts(infos):
+            raise ConfigError(
+                f"{directory} is dense ({dense}), and the model has {config.text.num_experts} "
+                "experts there: set moe.text.upcycle_shards (1: each begins as a copy of the "
+                "layer's MLP) with experts, top_k and expert_width, or choose a dense model.flavor"
+            )
 
 
 def _find_layouts(infos: Mapping[str, TensorInfo], config: Qwen3VLConfig) -> dict[int, Layout]:

@@ -14,6 +14,7 @@ from titan_vlm.models.moe.upcycle import add_noise, group_router, split_experts
 from titan_vlm.models.qwen3_vl import hf
 from titan_vlm.models.qwen3_vl.config import Qwen3VLConfig
 from titan_vlm.models.qwen3_vl.hf import HFTensors, not_in_format
+from titan_vlm.models.safetensors_io import read_headers
 
 _MADE = re.compile(r"text\.layers\.(\d+)\.moe\.(experts\.gate_up|experts\.down|router\.weight)")
 
@@ -41,6 +42,12 @@ class Upcycled(Mapping[str, Tensor]):
     def __init__(self, directory: str | Path, config: Qwen3VLConfig, seed: int):
         self.config, self.seed = config, seed
         text = config.text
+        if experts := hf.find_experts(read_headers(directory)):
+            raise ConfigError(
+                f"{directory} has experts ({experts}), and moe.text.upcycle_shards = "
+                f"{text.moe.upcycle_shards} makes them of a dense model: give one in "
+                "checkpoint.initial_load_path, or leave upcycle_shards out"
+            )
         if unknown := not_in_format(config, weights_only=True):
             raise ConfigError(f"{directory}: nothing to make the {unknown[0]} of")
         shards = text.moe.upcycle_shards
