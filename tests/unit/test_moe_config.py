@@ -4,9 +4,11 @@ import pytest
 
 from tests.small_run import small_config
 from titan_vlm.assembly import assemble
+from titan_vlm.config import Config
 from titan_vlm.errors import ConfigError
 from titan_vlm.models.moe.config import MoEConfig, chosen_layers
 from titan_vlm.models.moe.layer import moe_layers
+from titan_vlm.settings import leaves
 
 VISION = {"moe__vision__experts": "4", "moe__vision__top_k": "1", "moe__vision__expert_width": "32"}
 REFUSED = {
@@ -98,16 +100,15 @@ def test_pictures_need_dimensions_for_their_experts(tmp_path):
         small_config(tmp_path, moe__vision__experts="4")
     with pytest.raises(ConfigError, match="moe.vision.experts: expected a number"):
         small_config(tmp_path, moe__vision__top_k="1", moe__vision__expert_width="8")
-    with pytest.raises(ConfigError, match="all mergers have experts"):
-        assemble(
-            small_config(
-                tmp_path,
-                moe__projector__experts="2",
-                moe__projector__top_k="1",
-                moe__projector__expert_width="8",
-                moe__projector__every="2",
-            )
-        )
+
+
+@pytest.mark.parametrize("key", ["layers", "every"])
+def test_what_the_projector_refuses_its_help_does_not_promise(key, tmp_path):
+    experts = {key.replace("vision", "projector"): value for key, value in VISION.items()}
+    with pytest.raises(ConfigError, match=rf"^moe.projector.{key} = .*all mergers have experts"):
+        assemble(small_config(tmp_path, **experts, **{f"moe__projector__{key}": "2"}))
+    told = dict(leaves(Config))[f"moe.projector.{key}"].metadata["text"]
+    assert told.startswith("text, vision: ")
 
 
 @pytest.mark.parametrize(

@@ -79,11 +79,15 @@ class MoEConfig:
         0, "Hidden units of an expert; 0: as the model flavour has it.", at_least=0
     )
     layers: list[int] = setting(
-        [], "The layers with experts, from 0 on. Empty: moe.*.every decides.", at_least=0
+        [],
+        "text, vision: the layers with experts, from 0 on. Empty: moe.*.every decides. (Qwen3-VL's "
+        "projector has them in all mergers.)",
+        at_least=0,
     )
     every: int = setting(
         0,
-        "Every n-th layer has experts (n = 2: layers 1, 3, 5); 0: as the model flavour has it.",
+        "text, vision: every n-th layer has experts (n = 2: layers 1, 3, 5); 0: as the model "
+        "flavour has it, or all.",
         at_least=0,
     )
     expert_bias: bool = setting(False, "Whether the experts' products have biases.")

@@ -32,10 +32,12 @@ def with_experts(config: Qwen3VLConfig, moe: MoE) -> Qwen3VLConfig:
     _check("text", wanted, text.num_layers, experts, dims["num_experts_per_tok"])
     _check("vision", moe.vision, vision.depth, moe.vision.experts, moe.vision.top_k)
     _check("projector", moe.projector, mergers, moe.projector.experts, moe.projector.top_k)
-    if moe.projector.layers or moe.projector.every:
-        raise ConfigError(
-            "moe.projector: layers and every are for blocks; all mergers have experts"
-        )
+    for key in ("layers", "every"):
+        if value := getattr(moe.projector, key):
+            raise ConfigError(
+                f"moe.projector.{key} = {value}: leave it out, it is for text and vision; all "
+                "mergers have experts"
+            )
     return replace(
         config,
         text=replace(text, **dims, moe=wanted),
