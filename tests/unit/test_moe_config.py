@@ -176,24 +176,43 @@ def test_experts_have_the_dimensions_that_were_asked_for(tmp_path):
         {"moe__text__score": "sigmoid"},
         {"moe__text__bias_update": "sign"},
         {"moe__text__shared_width": "32"},
+        {"moe__text__expert_bias": "true"},
         {"moe__text__router": "threshold"},
+        {"moe__text__router": "noisy_topk", "moe__text__score": "softmax_topk"},
         {"moe__text__router": "random"},
         {"moe__text__router": "balanced"},
         {"moe__text__normalize": "false"},
-        {"moe__text__route_scale": "2"},
+        {"moe__text__route_scale": "2.0"},
+        {"moe__text__n_groups": "2", "moe__text__topk_groups": "1"},
         VISION,
+        {key.replace("vision", "projector"): value for key, value in VISION.items()},
     ],
 )
 def test_what_transformers_cannot_compute_is_not_exported(changes, tmp_path):
+    """The message names the one key and its value."""
     from titan_vlm import train
 
-    with pytest.raises(ConfigError, match="Hugging Face format has no"):
+    with pytest.raises(ConfigError, match="Hugging Face format has no") as error:
         train.prepare(small_config(tmp_path, **changes))
+    (key, value), *_ = changes.items()
+    setting = f"{key.replace('__', '.')} = "
+    assert f"({setting}{value})" in str(error.value).replace('"', "")
+    assert str(error.value).count("moe.") == 1
+
+
+def test_a_setting_with_weights_is_named_before_one_without(tmp_path):
+    parts = assemble(
+        small_config(tmp_path, moe__text__score="sigmoid", moe__text__shared_width="8")
+    )
+    with pytest.raises(ConfigError, match=r"no shared expert \(moe.text.shared_width = 8\)"):
+        parts.spec.check_exportable(parts.dims)
 
 
 def test_a_checkpoint_without_the_experts_is_refused(tmp_path):
     from titan_vlm.models.qwen3_vl.hf import HFTensors
 
     parts = assemble(small_config(tmp_path, **VISION))
-    with pytest.raises(ConfigError, match=r"has no experts in the vision \(moe.vision.experts\)"):
+    with pytest.raises(
+        ConfigError, match=r"has no experts in the vision \(moe.vision.experts = 4\)"
+    ):
         HFTensors(tmp_path, parts.dims)

@@ -217,15 +217,20 @@ class MoEConfig:
         return [name for name in LOSSES if getattr(self, name) > 0]
 
     @property
-    def is_plain(self) -> bool:
-        """Whether a trained layer computes what Qwen3's does: softmax, top-k, normalised."""
-        return (
-            self.router == "topk"
-            and (self.score == "softmax_topk" or (self.score == "softmax" and self.normalize))
-            and self.route_scale == 1.0
-            and self.n_groups == 1
-            and not (self.has_bias or self.expert_bias or self.shared_width)
-        )
+    def unlike_qwen3(self) -> list[str]:
+        """The keys by which a trained layer computes something else than Qwen3's, which is softmax
+        over the top-k that sums to 1."""
+        differs = {
+            "router": self.router != "topk",
+            "score": self.score == "sigmoid",
+            "normalize": self.score == "softmax" and not self.normalize,
+            "route_scale": self.route_scale != 1.0,
+            "n_groups": self.n_groups != 1,
+            "bias_update": self.has_bias,
+            "expert_bias": self.expert_bias,
+            "shared_width": self.shared_width > 0,
+        }
+        return [key for key, is_different in differs.items() if is_different]
 
 
 @dataclass(frozen=True)
@@ -343,7 +348,7 @@ def _branch_conflicts(config: MoEConfig, branch: str) -> Iterator[str]:
             "upcycle_noise: set upcycle_shards with it",
         ),
         (
-            config.upcycle_shards > 0 and not (config.is_plain and config.experts > 0),
+            config.upcycle_shards > 0 and (bool(config.unlike_qwen3) or config.experts <= 0),
             "upcycle_shards: the first forward pass is the dense model's only with experts, top_k "
             "and expert_width set, router topk and weights that sum to 1 (score softmax, normalize "
             "= true), and without bias_update, n_groups, route_scale, expert_bias, shared_width",

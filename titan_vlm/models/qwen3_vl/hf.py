@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from titan_vlm.errors import ConfigError
+from titan_vlm.models.moe.config import MoEConfig
 from titan_vlm.models.qwen3_vl.config import Qwen3VLConfig, VisionConfig, from_hf, to_hf
 from titan_vlm.models.qwen3_vl.model import Qwen3VL
 from titan_vlm.models.safetensors_io import (
@@ -317,7 +318,7 @@ def read_config(directory: str | Path) -> Qwen3VLConfig:
 
 
 def not_in_format(config: Qwen3VLConfig, weights_only: bool = False) -> list[str]:
-    """What of a model Qwen3-VL's format has no place for, each with the settings that ask for it.
+    """What of a model Qwen3-VL's format has no place for, each with the setting that asks for it.
 
     Args:
         weights_only: leave out what has no weights, but computes something else.
@@ -325,20 +326,25 @@ def not_in_format(config: Qwen3VLConfig, weights_only: bool = False) -> list[str
     found = []
     for branch, moe in (("vision", config.vision.moe), ("projector", config.vision.projector_moe)):
         if moe.experts > 0:
-            found.append(f"experts in the {branch} (moe.{branch}.experts)")
+            found.append(f"experts in the {branch} ({_setting(moe, 'experts', branch)})")
+    if not config.text.num_experts:
+        return found
     text = config.text.moe
-    if config.text.num_experts and text.shared_width:
-        found.append("shared expert (moe.text.shared_width)")
-    if config.text.num_experts and text.expert_bias:
-        found.append("biases of experts (moe.text.expert_bias)")
-    if config.text.num_experts and text.router == "noisy_topk":
-        found.append("weights of a router's noise (moe.text.router)")
-    if config.text.num_experts and not (weights_only or found or text.is_plain):
-        found.append(
-            "routing but softmax over the top-k that sums to 1 (moe.text: router, score, "
-            "normalize, route_scale, n_groups, bias_update)"
-        )
+    weights = {"shared_width": "shared expert", "expert_bias": "biases of experts"}
+    if text.router == "noisy_topk":
+        weights["router"] = "weights of a router's noise"
+    keys = sorted(text.unlike_qwen3, key=lambda key: key not in weights)
+    for key in keys:
+        if weights_only and key not in weights:
+            continue
+        noun = weights.get(key, "routing but softmax over the top-k that sums to 1")
+        found.append(f"{noun} ({_setting(text, key)})")
     return found
+
+
+def _setting(moe: MoEConfig, key: str, branch: str = "text") -> str:
+    """As it stands in a configuration."""
+    return f"moe.{branch}.{key} = {json.dumps(getattr(moe, key))}"
 
 
 # ------------------------------------------------------------------------------------- writing
@@ -348,7 +354,7 @@ def check_exportable(config: Qwen3VLConfig) -> None:
     """Refuse what transformers would compute otherwise, or not at all.
 
     Raises:
-        ConfigError: names the settings.
+        ConfigError: names one setting and its value.
     """
     if unknown := not_in_format(config):
         raise ConfigError(
