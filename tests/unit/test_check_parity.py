@@ -1,8 +1,13 @@
 """The parity tool's own bookkeeping: what it would call equal, and what it refuses."""
 
+import re
+import shlex
+from pathlib import Path
+
 import pytest
 import torch
 
+from scripts import check_parity
 from scripts.check_parity import Trace, compare, error, main, ranks_and_words
 
 
@@ -55,3 +60,27 @@ def test_a_mesh_is_a_number_of_ranks_and_settings():
 def test_a_mesh_that_cannot_be_is_one_line_and_status_2(capfd, mesh, said):
     assert main(["--meshes", mesh]) == 2
     assert said in capfd.readouterr().err
+
+
+DOCUMENTED = [
+    line.partition("check_parity.py ")[2]
+    for file in ("README.md", "docs/parallelism.md")
+    for line in (Path(__file__).parents[2] / file).read_text().splitlines()
+    if re.match(r"\.venv/bin/python scripts/check_parity\.py ", line)
+]
+
+
+@pytest.mark.parametrize("line", DOCUMENTED)
+def test_what_the_documentation_says_to_run_is_not_refused(line, monkeypatch):
+    """Every mesh is checked before the first process trains; it is that far that this goes."""
+
+    def reached(*_):
+        raise InterruptedError
+
+    monkeypatch.setattr(check_parity, "record", reached)
+    with pytest.raises(InterruptedError):
+        main(shlex.split(line, comments=True))
+
+
+def test_there_is_documentation():
+    assert len(DOCUMENTED) >= 3
