@@ -28,6 +28,7 @@ DEMO = {
     "metrics.tensorboard": "false",
     "checkpoint.every": "0",
     "checkpoint.export_hf": "false",
+    "moe.text.aux_loss": "0",
     "eval.samples": "50",
 }
 METHODS: dict[str, dict[str, str]] = {

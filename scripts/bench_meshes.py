@@ -59,6 +59,7 @@ MODEL = Qwen3VLConfig(
 )
 SETTINGS = {
     "model.flavor": "hf",
+    "moe.text.aux_loss": "0",
     "data.min_pixels": "65536",  # 64 visual tokens a picture
     "data.virtual_shards": "8",
     "training.seq_len": "256",

@@ -99,6 +99,7 @@ ALL = (
 AXES = ("pp", "dp_replicate", "dp_shard", "ep", "tp")
 SMALL = {
     "model.flavor": "debug_moe",
+    "moe.text.aux_loss": "0",
     "data.source": "openai",
     "data.min_pixels": "1024",
     "data.virtual_shards": "8",

@@ -12,6 +12,7 @@ from titan_vlm.config import Config, load_config
 
 SMALL = {
     "model.flavor": "debug_moe",
+    "moe.text.aux_loss": "0",
     "data.min_pixels": "1024",
     "data.virtual_shards": "4",
     "data.pack_window": "4",

@@ -260,3 +260,17 @@ def test_evaluation_counts_nothing_and_has_no_losses():
     made = router(aux_loss=LOSS, score="sigmoid", bias_update="sign").eval()
     made(hidden("three documents and padding"), tokens("three documents and padding"))
     assert not made.load_E.any() and not made.sums.any() and not made.steering.pending.any()
+
+
+def test_the_coefficient_of_transformers_times_k_over_layers_is_ours():
+    """It takes all layers for one; where they are alike, ours add up to the same."""
+    from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import load_balancing_loss_func
+
+    made, layers, coefficient = router(aux_loss=LOSS), 3, 0.001
+    case = "three documents and padding"
+    x_TD, of = hidden(case), tokens(case)
+    made(x_TD, of)
+    logits_VE = (x_TD[of.index_V] @ made.weight.T).detach()
+    theirs = load_balancing_loss_func((logits_VE,) * layers, EXPERTS, TOP_K)
+    ours = layers * (coefficient * TOP_K / layers) * value_of(made, "aux_loss")
+    assert ours == pytest.approx(coefficient * theirs.item(), rel=1e-6)

@@ -79,6 +79,13 @@ def test_every_shipped_config_loads_and_round_trips(path, toml):
     assert load_config(toml(config_to_toml(config))) == config
 
 
+@pytest.mark.parametrize("path", sorted(CONFIG_DIR.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_shipped_config_keeps_its_experts_evenly_loaded(path):
+    config = load_config(str(path), [] if "digits" in path.read_text() else ["--data.path", "x"])
+    assert config.model.flavor in ("debug_moe", "30b-a3b")  # which have experts in the text branch
+    assert config.moe.text.losses or config.moe.text.has_bias
+
+
 def test_toml_round_trip_is_exact_for_awkward_values(toml):
     words = [
         "--optimizer.lr",
