@@ -180,6 +180,21 @@ def test_the_documentation_has_the_table_of_the_code():
     assert table() in documentation.read_text()
 
 
+@pytest.mark.parametrize("name", ["deepep", "uccl_ep", "hybridep"])
+def test_a_library_that_one_rank_has_no_use_for_is_refused(name):
+    """Without it the layer would say nothing and do without the library."""
+    settings = {"moe__text__dispatcher": name, "training__micro_batch_size": "2"}
+    with pytest.raises(ConfigError, match=r'uccl_ep does not go with .*ep = 1.*use "all_to_all"'):
+        plan(1, **settings)
+    over_tp = {"parallelism__tp": "2", "parallelism__expert_parallel_over_tp": "true"}
+    with pytest.raises(ConfigError, match="does not go with experts on one rank"):
+        plan(2, **settings, parallelism__tp="2")
+    plan(2, **settings, **over_tp)
+    plan(2, **settings, parallelism__ep="2")
+    for everywhere in ("local", "all_to_all", "allgather"):
+        plan(1, moe__text__dispatcher=everywhere)
+
+
 def test_tied_embeddings_are_refused_in_a_pipeline_by_name():
     config = load_config("qwen_vlm_moe.toml", ["--training.micro_batch_size", "2"])
     dims = replace(FLAVORS["debug"], tie_embeddings=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 from titan_vlm.config import Config
 from titan_vlm.errors import ConfigError
+from titan_vlm.models.moe.config import LIBRARIES
 from titan_vlm.parallel.schedules import KINDS, Schedule
 
 
@@ -25,6 +26,16 @@ class Case:
     @property
     def splits_backward(self) -> bool:
         return self.schedule is not None and self.schedule.splits_backward
+
+    @property
+    def expert_ranks(self) -> int:
+        over_tp = self.config.parallelism.expert_parallel_over_tp
+        return self.degrees["ep"] * (self.degrees["tp"] if over_tp else 1)
+
+    @property
+    def has_library_dispatcher(self) -> bool:
+        moe = self.config.moe
+        return any(b.dispatcher in LIBRARIES for b in (moe.text, moe.vision, moe.projector))
 
 
 @dataclass(frozen=True)
@@ -86,6 +97,13 @@ CONFLICTS = (
             case.config.parallelism.async_tp
             and (case.config.parallelism.tp == 1 or not case.config.parallelism.sequence_parallel)
         ),
+    ),
+    Conflict(
+        f"moe.*.dispatcher = {', '.join(LIBRARIES)}",
+        "experts on one rank (parallelism.ep = 1)",
+        "nothing is exchanged there, and the library would be neither used nor looked for",
+        'use "all_to_all", which on one rank does without exchange, too, or ep > 1',
+        lambda case: case.has_library_dispatcher and case.expert_ranks == 1,
     ),
 )
 

@@ -12,6 +12,8 @@ from titan_vlm.settings import setting
 
 # Routers whose tokens do not all have K experts.
 RAGGED = ("expert_choice", "threshold")
+# Dispatchers that are libraries of their own.
+LIBRARIES = ("deepep", "hybridep", "uccl_ep")
 LOSSES = ("aux_loss", "sequence_loss", "importance_loss", "z_loss", "cv_importance", "cv_load")
 
 
@@ -399,7 +401,7 @@ def _without_effect(config: MoEConfig) -> Iterator[str]:
     """Settings that nothing would read."""
     drops = config.capacity_factor > 0 and config.router != "expert_choice"
     chooses = config.router == "expert_choice"
-    fused = config.dispatcher not in ("local", "all_to_all", "allgather")
+    fused = config.dispatcher in LIBRARIES
     needs = {
         "ec_chunk": (chooses, 'router = "expert_choice"'),
         "ec_fallback": (chooses, 'router = "expert_choice"'),
