@@ -7,9 +7,21 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from scripts.check_export import choose, compare, load_theirs, random_export, report
+from scripts.hf_reference import (
+    ask_ours,
+    ask_reference,
+    load_reference,
+    make_document,
+    new_reference,
+    pack,
+    random_picture,
+)
+from tests.small_run import Silent, small_config
+from titan_vlm import train
 from titan_vlm.config import load_config
 from titan_vlm.data.sample import RawSample, text_part
 from titan_vlm.errors import ConfigError
+from titan_vlm.models.qwen3_vl.config import FLAVORS
 
 SAMPLES = 6
 
@@ -45,6 +57,37 @@ def test_transformers_generates_the_same_tokens(exported, capsys):
     assert report(samples, ours, theirs, parts) == 1
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert figures["max_mismatched_samples"] == 1
+
+
+def test_an_upcycled_run_is_exported_as_it_was_trained(tmp_path):
+    """A dense model that transformers made, two steps with experts, and back to transformers."""
+    new_reference(FLAVORS["debug"]).save_pretrained(tmp_path / "dense")
+    settings = {"experts": "8", "top_k": "4", "expert_width": "192", "upcycle_shards": "2"}
+    changes = {f"moe__text__{key}": value for key, value in settings.items()}
+    changes |= {"model__flavor": "hf", "model__hf_path": str(tmp_path / "dense")}
+    changes["checkpoint__initial_load_path"] = str(tmp_path / "dense")
+    config = small_config(tmp_path / "run", **changes)
+    run = train.prepare(config)
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    for _ in range(2):
+        train.train_step(run, Silent())
+    train.export_hf(run)
+    run.loader.close()
+    torch.distributed.destroy_process_group()
+    for part in ("router.weight", "experts.gate_up", "experts.down"):
+        name = f"text.layers.1.moe.{part}"
+        assert not torch.equal(before[name], run.model.get_parameter(name))
+
+    theirs, dims = load_reference(tmp_path / "run" / "hf", torch.float32), run.parts.dims
+    picture = random_picture(dims, "image", (1, 4, 6), 1)
+    document = make_document(dims, [picture], 2, text=40)
+    batch = pack([[document]], len(document.tokens_S), dims, theirs)
+    (ours_SV,) = ask_ours(run.model, batch).logits
+    (theirs_SV,) = ask_reference(theirs, [document]).logits
+    assert (ours_SV - theirs_SV).abs().max() < 1e-5 * theirs_SV.abs().max()
+    # The script that checks a run is told by its config.toml to upcycle.
+    _, ours, generated, _ = compare(config, tmp_path / "run" / "hf", 2)
+    assert ours == generated and len(ours) == 2
 
 
 def test_a_tensor_that_transformers_does_not_know_is_refused(exported, tmp_path):
