@@ -18,7 +18,6 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import is_torchvision_available
 
-from titan_vlm.assembly import Parts, assemble, export
+from titan_vlm.assembly import Parts, assemble, assemble_export, export
 from titan_vlm.config import Config, load_config
 from titan_vlm.data.chat import Encoder, for_template, text_of
 from titan_vlm.data.sample import RawSample
@@ -75,9 +74,7 @@ def compare(
     config: Config, directory: Path, samples: int
 ) -> tuple[list[RawSample], list[list[int]], list[list[int]], Parts]:
     """Samples, our tokens and transformers' tokens for each."""
-    # What was upcycled has experts now.
-    text = replace(config.moe.text, upcycle_shards=0, upcycle_noise=0.0)
-    parts = assemble(replace(config, moe=replace(config.moe, text=text)))
+    parts = assemble_export(config)
     chosen = choose(build_held_out(config), samples)
     prompts = [raw.messages[: last_assistant_turn(raw.messages)] for raw in chosen]
     longest, stop = config.eval.max_new_tokens, parts.tokenizer.eos_token_id

@@ -1,7 +1,7 @@
 """What a configuration names, made concrete: tokenizer, dimensions, pictures; and their export."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,12 @@ def assemble(config: Config) -> Parts:
         config.data, vision.patch_size, vision.merge_size, vision.temporal_patch_size
     )
     return Parts(spec, dims, tokenizer, images)
+
+
+def assemble_export(config: Config) -> Parts:
+    """The same of what a run has exported: what was upcycled has experts now."""
+    text = replace(config.moe.text, upcycle_shards=0, upcycle_noise=0.0)
+    return assemble(replace(config, moe=replace(config.moe, text=text)))
 
 
 def export(
