@@ -141,4 +141,4 @@ def test_what_transformers_cannot_hold_is_not_converted_either(tmp_path, capsys)
     step = tmp_path / "checkpoints" / "step-000006"
     assert convert.main([str(step), str(tmp_path / "hf")]) == 2
     said = capsys.readouterr().err
-    assert "no shared expert (moe.text.shared_width)" in said and said.count("\n") == 1
+    assert "no shared expert (moe.text.shared_width = 32)" in said and said.count("\n") == 1
