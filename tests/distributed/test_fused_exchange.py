@@ -21,7 +21,7 @@ from titan_vlm.models.moe.experts import Experts
 from titan_vlm.models.moe.fused_exchange import DeepEPDispatcher, make_dispatcher, to_table
 from titan_vlm.models.moe.fused_library import FusedOptions
 from titan_vlm.models.moe.hybrid_exchange import HybridEPDispatcher
-from titan_vlm.models.moe.layout import ALIGN
+from titan_vlm.models.moe.layout import ALIGN, ALIGN_WIDE
 from titan_vlm.models.moe.routing import Routing
 
 WIDTH, HIDDEN, EXPERTS = 16, 24, 8
@@ -134,7 +134,7 @@ def run_layer(dispatcher, group, experts_TK, recompute, dtype, width=WIDTH):
         routing = Routing(tokens_P, experts_TK[tokens_P, column_P], weights_P, EXPERTS)
         rows_RD, state = dispatcher.dispatch(x_TD, routing)
         ends = state.layout.ends_E.tolist()
-        assert ends == sorted(ends) and not any(end % ALIGN for end in ends)
+        assert ends == sorted(ends) and not any(end % ALIGN_WIDE for end in ends)
         return dispatcher.combine(experts(rows_RD, state.layout), state)
 
     run = (lambda *args: checkpoint(layer, *args, use_reentrant=False)) if recompute else layer

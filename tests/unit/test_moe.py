@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from titan_vlm.models.init import init_weights
 from titan_vlm.models.moe.experts import WeightedSwiGLU
 from titan_vlm.models.moe.layer import MoE
-from titan_vlm.models.moe.layout import ALIGN, make_layout
+from titan_vlm.models.moe.layout import ALIGN, ALIGN_WIDE, make_layout
 from titan_vlm.models.moe.routing import Routing
 from titan_vlm.models.moe.tokens import tokens_of
 
@@ -56,7 +56,7 @@ def grads(layer: MoE, x: torch.Tensor, out: torch.Tensor) -> list[torch.Tensor]:
 
 def force(monkeypatch, layout: str) -> None:
     limit = {"uniform": float("inf"), "ragged": -1000.0}[layout]
-    monkeypatch.setattr("titan_vlm.models.moe.layout.MAX_UNIFORM_WASTE", limit)
+    monkeypatch.setattr("titan_vlm.models.moe.layout.spare_rows", lambda dtype: limit)
 
 
 @pytest.mark.parametrize("layout", ["uniform", "ragged"])
@@ -124,7 +124,7 @@ def test_filler_rows_have_no_gradient():
     routing = Routing(torch.tensor([1]), torch.tensor([2]), torch.ones(1).double(), EXPERTS)
     x = torch.randn(3, WIDTH, dtype=torch.float64, requires_grad=True)
     rows, state = layer.dispatcher.dispatch(x, routing)
-    assert rows.shape[0] >= ALIGN
+    assert rows.shape[0] == ALIGN_WIDE
     layer.dispatcher.combine(layer.experts(rows, state.layout), state).sum().backward()
     assert torch.equal(x.grad[0], torch.zeros_like(x.grad[0]))  # the token that fillers copy
     assert x.grad[1].abs().max() > 0

@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from titan_vlm.models.init import init_weights
 from titan_vlm.models.moe import timing
 from titan_vlm.models.moe.layer import MoE
-from titan_vlm.models.moe.layout import ALIGN
+from titan_vlm.models.moe.layout import ALIGN_WIDE
 from titan_vlm.models.moe.timing import COUNTS
 from titan_vlm.models.moe.tokens import Moment, tokens_of
 from titan_vlm.parallel.activation_checkpoint import _checkpointed
@@ -101,10 +101,9 @@ def test_rows_are_counted_with_their_fillers(seconds):
     x = torch.randn(30, WIDTH, dtype=torch.float64)
     layer(x, some_tokens(30))
     counts = layer.router.load_E.tolist()
-    found, longest = taken(layer), max(counts)
-    ragged = sum(-(-n // ALIGN) * ALIGN for n in counts)
-    uniform = -(-longest // ALIGN) * ALIGN * EXPERTS
-    assert found["rows"] in (ragged, uniform) and found["pairs"] == sum(counts) == 60
+    found = taken(layer)
+    assert found["rows"] == sum(-(-n // ALIGN_WIDE) * ALIGN_WIDE for n in counts)
+    assert found["pairs"] == sum(counts) == 60
 
 
 def test_nothing_is_timed_where_nobody_asks_or_nothing_is_trained(seconds):

@@ -95,7 +95,7 @@ def naive(x: Tensor, weight: Tensor, grad: Tensor, layout: Layout, name: str):
 def make_case(kind: str, counts: list[int], monkeypatch, spread: float = 6.0, align: int = 32):
     """x, weight and gradient whose numbers span many powers of two, all exact in bfloat16."""
     limit = {"uniform": float("inf"), "ragged": -1000.0}[kind]
-    monkeypatch.setattr("titan_vlm.models.moe.layout.MAX_UNIFORM_WASTE", limit)
+    monkeypatch.setattr("titan_vlm.models.moe.layout.spare_rows", lambda dtype: limit)
     experts = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     routing = Routing(torch.arange(len(experts)), experts, torch.ones(len(experts)), len(counts))
     layout = make_layout(routing, torch.bfloat16, align)

@@ -56,13 +56,13 @@ def apply(model: nn.Module, mesh: Mesh, config: Quantize) -> nn.Module:
         product = by_torchao(config.experts, mesh.root.device_type)
     for name, layer in moe_layers(model).items():
         layer.experts.matmul = product
-        if not config.emulate:
-            local = getattr(layer.dispatcher, "local", layer.dispatcher)
-            if not isinstance(local, LocalDispatcher):
-                raise ConfigError(
-                    f'quantize.experts = "{config.experts}": the dispatcher of {name}, '
-                    f'"{layer.router.config.dispatcher}", aligns groups its own way; use '
-                    '"all_to_all", or quantize.experts = "none"'
-                )
+        local = getattr(layer.dispatcher, "local", layer.dispatcher)
+        if isinstance(local, LocalDispatcher):
             local.align = RECIPES[config.experts].rows
+        elif not config.emulate:
+            raise ConfigError(
+                f'quantize.experts = "{config.experts}": the dispatcher of {name}, '
+                f'"{layer.router.config.dispatcher}", aligns groups its own way; use '
+                '"all_to_all", or quantize.experts = "none"'
+            )
     return model

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titan_vlm.models.moe.layout import ALIGN, Layout, make_layout
+from titan_vlm.models.moe.layout import Layout, make_layout
 from titan_vlm.models.moe.routing import Routing, count
 
 
@@ -82,9 +82,10 @@ class LocalState:
 
 
 class LocalDispatcher:
-    """All experts on this rank; each one's rows begin at a multiple of `align`."""
+    """All experts on this rank; each one's rows begin at a multiple of `align` (None: as suits their
+    type)."""
 
-    align = ALIGN
+    align: int | None = None
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, LocalState]:
         """Copy each pair's token to its row of its expert's group; `layout.py` has the order."""

@@ -1,8 +1,9 @@
 """Where each pair's row lies in the buffer that the experts compute on.
 
 Rows are grouped by expert and every group starts at a multiple of `ALIGN` rows. Aligned groups
-keep the number of distinct matrix shapes small (a CPU's matmul library compiles a kernel for each
-new shape, about a millisecond each) and suit fp8 and mxfp8.
+keep the number of distinct matrix shapes small (a CPU's matmul library compiles a bfloat16 kernel
+for each new shape, about a millisecond each) and suit fp8 and mxfp8. A CPU's wider types know no
+such kernels, and there every filler row costs more: `ALIGN_WIDE` rows, a cache line of weights.
 
 Two layouts, E = 3 experts, ALIGN = 4, counts (5, 1, 4), `x` a pair's row, `.` a filler:
 
@@ -10,10 +11,10 @@ Two layouts, E = 3 experts, ALIGN = 4, counts (5, 1, 4), `x` a pair's row, `.` a
     uniform   xxxxx... x....... xxxx....  C = 8                   every group as long as the longest
 
 The uniform layout is one batched matmul, the ragged one a loop over the experts. On CPU the loop
-costs each expert as much time as some more rows would: about 64 in bfloat16, whose matmuls are fast
-and repack the weights, under 8 in float32. Uniform is chosen where it has fewer fillers than that
-to spare. It needs the counts on the host, free on a CPU, a device wait elsewhere; there the layout
-is always ragged.
+costs each expert in bfloat16, whose matmuls are fast and repack the weights, as much time as about
+64 more rows would: uniform is chosen where it has fewer fillers than that. In wider types the loop
+costs next to nothing: uniform only where it needs no more. On other devices the layout is always
+ragged: uniform needs the counts on the host, for which one would have to wait.
 
 A filler row copies row 0 of the tokens and has weight 0, which makes its output and every
 gradient that flows through it exactly zero: no buffer needs to be cleared.
@@ -27,8 +28,7 @@ from torch import Tensor
 from titan_vlm.models.moe.routing import Routing
 
 ALIGN = 32
-# Rows that the uniform layout may have more than the ragged one, per expert in use, in bfloat16.
-MAX_UNIFORM_WASTE = 64
+ALIGN_WIDE = 8
 
 
 @dataclass
@@ -49,10 +49,12 @@ class Layout:
     group: int | None
 
 
-def make_layout(routing: Routing, dtype: torch.dtype, align: int = ALIGN) -> Layout:
+def make_layout(routing: Routing, dtype: torch.dtype, align: int | None = None) -> Layout:
     """Lay out the pairs of `routing` for its experts, which compute in `dtype`, groups at multiples
-    of `align` rows."""
+    of `align` rows (default: what suits the type and the device)."""
     experts, num_pairs = routing.expert_ids_P, routing.expert_ids_P.numel()
+    wide_on_cpu = dtype != torch.bfloat16 and experts.device.type == "cpu"
+    align = align or (ALIGN_WIDE if wide_on_cpu else ALIGN)
     counts_E = routing.counts_E
     padded_E = (counts_E + (align - 1)) // align * align
     group = _uniform_group(padded_E, num_pairs, dtype)
@@ -78,10 +80,12 @@ def _uniform_group(padded_E: Tensor, num_pairs: int, dtype: torch.dtype) -> int 
     longest = int(padded_E.max())
     waste = longest * len(padded_E) - int(padded_E.sum())
     # The loop passes over experts without rows: with few tokens it is far ahead.
-    spare = MAX_UNIFORM_WASTE * int(padded_E.count_nonzero())
-    if dtype != torch.bfloat16:
-        spare /= 8
-    return longest if waste <= spare else None
+    return longest if waste <= spare_rows(dtype) * int(padded_E.count_nonzero()) else None
+
+
+def spare_rows(dtype: torch.dtype) -> int:
+    """Rows that the uniform layout may have more than the ragged one, per expert in use."""
+    return 64 if dtype == torch.bfloat16 else 0
 
 
 def _num_rows(ends_E: Tensor, num_pairs: int, group: int | None, align: int) -> int:
