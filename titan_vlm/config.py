@@ -278,6 +278,18 @@ class Checkpoint:
     every: int = setting(0, "Save every n steps; 0 saves at the end only.", at_least=0)
     async_save: bool = setting(False, "Write checkpoints while training goes on.")
     keep_latest_k: int = setting(2, "Checkpoints kept; 0 keeps all.", at_least=0)
+    keep_every: int = setting(
+        0, "Keep the checkpoints of every n-th step besides; 0: none.", at_least=0
+    )
+    directory: str = setting(
+        "",
+        "Where checkpoints lie, also s3://, gs:// and what fsspec knows. Empty: in output_dir.",
+    )
+    resume: str = setting(
+        "auto",
+        "auto: continue from the newest whole checkpoint; none: refuse to start where there is "
+        "one; or the step to go back to.",
+    )
     initial_load_path: str = setting(
         "", "Hugging Face directory to start from; a checkpoint in output_dir goes before it."
     )
@@ -290,6 +302,13 @@ class Checkpoint:
         "Layout of exported expert tensors: published [E, D, 2F] and [E, F, D], as the released "
         "checkpoints and vLLM have it; transformers [E, 2F, D] and [E, D, F]; auto is published "
         "unless transformers would misread it because a tensor is square.",
+    )
+
+
+@dataclass(frozen=True)
+class Guards:
+    max_failed_saves: int = setting(
+        3, "Saves that may fail one after the other before the run stops.", at_least=1
     )
 
 
@@ -333,6 +352,7 @@ class Config:
     moe: MoE = field(default_factory=MoE)
     quantize: Quantize = field(default_factory=Quantize)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    guards: Guards = field(default_factory=Guards)
     metrics: Metrics = field(default_factory=Metrics)
     eval: Eval = field(default_factory=Eval)
 

@@ -32,6 +32,10 @@ def conflicts(config: "Config") -> Iterator[str]:
         if least > most:
             yield f"data.{low}: expected at most data.{high} ({most}), got {least}"
 
+    resume = config.checkpoint.resume
+    if resume not in ("auto", "none") and not resume.isdecimal():
+        yield f'checkpoint.resume: expected "auto", "none" or a step such as "100", got "{resume}"'
+
     yield from moe_conflicts(config.moe)
     if config.moe.text.upcycle_shards and not config.checkpoint.initial_load_path:
         yield (

@@ -21,3 +21,7 @@ class DataError(_OneLine):
 
 class NumericsError(_OneLine):
     """Numbers that are not finite any more, so that training on would destroy the weights."""
+
+
+class CheckpointError(_OneLine):
+    """Checkpoints that cannot be written any more, so that training on would be lost."""

@@ -30,7 +30,7 @@ from titan_vlm.data.loader import MAX_REASONS, RowLoader, build_loader, merge_st
 from titan_vlm.data.packing import Counts
 from titan_vlm.data.rows import collate
 from titan_vlm.data.sources.hf import has_split
-from titan_vlm.errors import ConfigError, DataError, NumericsError
+from titan_vlm.errors import CheckpointError, ConfigError, DataError, NumericsError
 from titan_vlm.evaluation.validate import Result, Validator
 from titan_vlm.hang import Watch
 from titan_vlm.mesh import Mesh, build_mesh, size
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
         config = config_from_args(argv)
         with Watch(config.comm.timeout_s, Path(config.run.output_dir) / "flight_recorder") as watch:
             train(config, watch)
-    except (ConfigError, DataError, NumericsError) as error:
+    except (ConfigError, DataError, NumericsError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         if distributed.is_hidden_rank():  # torchrun ends all with the first, so let the seen one be
             time.sleep(REFUSAL_S)
@@ -99,8 +99,8 @@ def train(config: Config, watch: Watch) -> None:
             validate(run, validator, metrics)
         if last or due(run.step, config.checkpoint.every):
             with metrics.pause():
-                save(run)
-    run.checkpointer.wait()
+                save(run, must=last)
+    run.checkpointer.close()
     run.loader.close()
     metrics.close()
     export_hf(run)
@@ -119,12 +119,18 @@ def prepare(config: Config) -> "Run":
     for group in mesh.across_nodes(distributed.processes_per_node()):
         logger.info("the group %s crosses nodes: each of its exchanges takes the network", group)
 
-    checkpointer = Checkpointer(output / "checkpoints", config.checkpoint)
+    checkpointer = Checkpointer(
+        config.checkpoint.directory or output / "checkpoints",
+        config.checkpoint,
+        config.guards.max_failed_saves,
+        about={"mesh": plan.degrees, "config": config_to_toml(config)},
+    )
+    resume_from = checkpointer.find()
     whole = build_model(parts, config)
     freeze_parameters(whole, config.training.freeze)
     width = parts.dims.text.hidden_size
     model, pipeline = parallelize(whole, plan, mesh, config, width, device)
-    fill(model, parts, config, device, fresh=checkpointer.latest() is None)
+    fill(model, parts, config, device, fresh=resume_from is None)
     optimizer = build_optimizer(model, config.optimizer, whole)
     reader, readers = mesh.batch.get_local_rank(), mesh.batch.size()
     loader = build_loader(config, parts.tokenizer, parts.images, reader, readers)
@@ -141,7 +147,7 @@ def prepare(config: Config) -> "Run":
         pipeline,
         routing.all_layers(whole),
     )
-    resume(run)
+    resume(run, resume_from)
     place_experts(run)
     write_config(output, config)  # last: a run that is refused must not change the one it met
     return run
@@ -382,16 +388,15 @@ def has_held_out_data(config: Config) -> bool:
 # ---------------------------------------------------------------------------- save, resume, export
 
 
-def save(run: Run) -> None:
-    """Write a checkpoint of this step."""
+def save(run: Run, must: bool = True) -> None:
+    """Write a checkpoint of this step; unless it `must` be, not while another is being written."""
     counters = {name: counter.cpu() for name, counter in routing.counters(run.model).items()}
     state = {"loader": run.loader.state_dict(), "routing": counters}
-    run.checkpointer.save(run.step, run.model, run.optimizer, state)
+    run.checkpointer.save(run.step, run.model, run.optimizer, state, must)
 
 
-def resume(run: Run) -> None:
-    """Continue from the newest checkpoint, if there is one, whatever mesh has written it."""
-    step = run.checkpointer.latest()
+def resume(run: Run, step: int | None) -> None:
+    """Continue from the checkpoint of a step, whatever mesh has written it."""
     if step is None:
         return
     if any(name.endswith("slots_E") for name in run.checkpointer.saved(step)):

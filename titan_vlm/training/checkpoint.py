@@ -1,8 +1,15 @@
-"""Saving and restoring a run with torch.distributed.checkpoint (DCP).
+"""Saving and restoring a run with torch.distributed.checkpoint (DCP): whole or absent.
+
+    save    state -> (copy in host memory) -> DCP writes, every rank its shards -> rank 0: manifest,
+            fsync, rename -> older ones pruned
+            with `async_save` a thread does all after the copy
+    resume  newest checkpoint -> every file checked against the manifest -> loaded
+            a damaged one is set aside, and the one before is tried
 
     checkpoints/
-      step-000100/        complete: it got this name after its last byte was written
-      step-000200.tmp/    being written, or what a killed process left; nobody reads it
+      step-000100/            complete: it got this name after its last byte was on the disk
+      step-000200.tmp/        being written, or what a killed process left; nobody reads it
+      step-000300.damaged/    set aside; nobody reads it
 
 What a checkpoint holds, by key:
 
@@ -12,18 +19,15 @@ What a checkpoint holds, by key:
 
 Tensors are saved under the parameter's name and read into the shards of whoever asks, and every
 rank reads what all ranks knew, so that neither the mesh, nor the number of processes, nor the order
-of parameter groups is part of a checkpoint. Hyper-parameters are
-not in it either: they are the configuration's, and the schedule is a function of the step.
+of parameter groups is part of a checkpoint. Hyper-parameters are not in it either: they are the
+configuration's, and the schedule is a function of the step.
 """
 
-import io
-import os
-import random
+import logging
 import re
-import shutil
-import sys
+import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,25 +35,58 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from titan_vlm.config import Checkpoint
-from titan_vlm.errors import ConfigError
+from titan_vlm.errors import CheckpointError, ConfigError
+from titan_vlm.training import manifest
+from titan_vlm.training.state import (
+    Form,
+    check_fit,
+    create_optimizer_state,
+    optimizer_tensors,
+    pack,
+    random_state,
+    set_random_state,
+    unpack,
+)
+from titan_vlm.training.storage import Storage
+
+logger = logging.getLogger(__name__)
 
 # One process without a group is no mistake, and DCP warns of it at every save and load.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 _FOLDER = re.compile(r"step-(\d{6,})")
+# What a peer that died or hangs looks like; any other error while saving is the storage's.
+_OF_PEERS = re.compile("gloo|NCCL|Timed out|wait timeout|Connection (closed|reset)")
 
 
 class Checkpointer:
-    """Writes and reads the checkpoints of one run. Every rank makes one and calls it alike."""
+    """Writes and reads the checkpoints of one run. Every rank makes one and calls it alike.
 
-    def __init__(self, directory: str | Path, config: Checkpoint):
-        self.directory = Path(directory)
-        self.config = config
+    Args:
+        directory: a path, or an address that fsspec knows.
+        config: `[checkpoint]`.
+        max_failed_saves: saves that may fail one after the other.
+        about: goes into every manifest: configuration, mesh, versions.
+        tell: called on every rank with the kind of an event and what belongs to it.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        config: Checkpoint,
+        max_failed_saves: int = 3,
+        about: dict[str, Any] | None = None,
+        tell: Callable[..., None] = lambda kind, **facts: None,
+    ):
+        self.storage = Storage(directory)
+        self.config, self.max_failed_saves = config, max_failed_saves
+        self.about, self.tell = about or {}, tell
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         # A group of its own: an asynchronous save talks in a thread, where its messages must not
         # meet those of the training step. Gloo, because it saves host memory. One process has
@@ -59,75 +96,263 @@ class Checkpointer:
         self._world: dict[str, Any] = {"no_dist": True}
         if not alone:
             self._world = {"process_group": dist.new_group(backend="gloo", group_desc="checkpoint")}
+        self._group = self._world.get("process_group")
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._stager: DefaultStager | None = None
         self._pending: Future | None = None
         self._latest: int | None = None  # the step last saved or loaded here
+        self._read: int | None = None  # the step loaded, which pruning must not touch
+        self._failed = 0  # saves in a row
+
+    # ------------------------------------------------------------------------ saving
 
     def save(
-        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, train: dict[str, Any]
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        train: dict[str, Any],
+        must: bool = True,
     ) -> None:
         """Save everything as of now; random generators are added to `train` and restored with it.
 
         With `async_save` this returns once the state is copied to host memory; the files are
-        written in a thread, and the next save waits for them. A step saved already is not
-        saved again.
+        written in a thread. A step saved already is not saved again. A save that the storage fails
+        is reported and left to the next one.
 
         Args:
-            train: whatever else resuming needs, picklable, this rank's own.
+            train: whatever else resuming needs, tensors and plain Python values, this rank's own.
+            must: wait for a save that is still being written; else this one is left out then.
+
+        Raises:
+            CheckpointError: too many saves in a row have failed.
         """
-        self.wait()
         if step == self._latest:
             return
-        self._latest = step
-        final = self._folder(step)
-        temporary = final.with_name(final.name + ".tmp")
-        if self.rank == 0 and temporary.exists():
-            shutil.rmtree(temporary)
+        if not must and self._is_writing():
+            if self.rank == 0:
+                logger.warning(
+                    "step %d is not saved: the last save is still being written; save less often "
+                    "(checkpoint.every) or to a faster disk",
+                    step,
+                )
+            self.tell("failed_save", step=step, why="the last save is still being written")
+            return
+        self.wait()
+        start = time.perf_counter()
         state = {
             "model": get_model_state_dict(model),
-            "optimizer": _optimizer_tensors(model, optimizer),
-            "train": {f"rank{self.rank}": _pack({"caller": train, "random": _random_state()})},
+            "optimizer": optimizer_tensors(model, optimizer),
+            "train": {f"rank{self.rank}": pack({"caller": train, "random": random_state()})},
         }
-        where = {"checkpoint_id": temporary, **self._world}
+        self._latest = step
         if self.config.async_save:
-            written = dcp.async_save(state, **where)
-            self._pending = self._thread.submit(self._publish, written, temporary, final)
-        else:
-            dcp.save(state, **where)
-            self._publish(None, temporary, final)
-
-    def _publish(self, written: Future | None, temporary: Path, final: Path) -> None:
-        """Give a complete checkpoint its name, then drop the oldest ones."""
-        if written is not None:
-            written.result()
-        if self.rank != 0:  # rank 0 returns from a save only after every rank has written
+            self._pending = self._thread.submit(self._write, step, self._stage(state), start)
+            self._pending.step = step
             return
-        if final.exists():  # an older run of the same step; its successor is complete beside it
-            shutil.rmtree(final)
-        os.rename(temporary, final)
-        keep = self.config.keep_latest_k
-        for step in self.steps()[:-keep] if keep else []:
-            shutil.rmtree(self._folder(step))
+        self._finish(step, lambda: self._write(step, state, start))
 
     def wait(self) -> None:
-        """Return when nothing is being written any more; raise what went wrong while writing."""
+        """Return when nothing is being written any more.
+
+        Raises:
+            CheckpointError: as `save`.
+        """
         pending, self._pending = self._pending, None
         if pending is not None:
-            pending.result()
+            self._finish(pending.step, pending.result)
+
+    def close(self) -> None:
+        """Wait for the last save of a run.
+
+        Raises:
+            CheckpointError: it failed, so that what was trained since the one before is lost.
+        """
+        self.wait()
+        self._thread.shutdown()
+        if self._stager is not None:
+            self._stager.close()
+        if self._failed:
+            last = self.latest()
+            raise CheckpointError(
+                f"the last save to {self.storage.root} failed (the log says why); the newest "
+                f"checkpoint is {'none' if last is None else f'of step {last}'}; the same command "
+                "continues from it"
+            )
+
+    def _stage(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A copy of `state` in host memory, in buffers that are used again by the next save."""
+        if self._stager is None:
+            cuda = torch.cuda.is_available()
+            self._stager = DefaultStager(StagingOptions(cuda, False, False, cuda))
+        return self._stager.stage(state)
+
+    def _is_writing(self) -> bool:
+        """Whether the last save still runs on any rank."""
+        writing = self._pending is not None and not self._pending.done()
+        if self._group is None or self._pending is None:
+            return writing
+        flag = torch.tensor([writing], dtype=torch.int32)
+        # Not the checkpoint's group: there the thread may be talking.
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def _write(self, step: int, state: dict[str, Any], start: float) -> None:
+        """Write, commit, prune; raises on every rank what went wrong on any."""
+        name = _name(step)
+        temporary = self._together(lambda: self.storage.temporary(name))
+        dcp.save(state, storage_writer=self.storage.writer(temporary), **self._world)
+        files = self._of_all_ranks(self.storage.written)
+        content = manifest.make(step, files, self.about)
+        self._together(lambda: self.storage.commit(temporary, name, content))
+        self.tell(
+            "save",
+            step=step,
+            seconds=round(time.perf_counter() - start, 3),
+            bytes=sum(file["bytes"] for file in files.values()),
+        )
+        self._prune()
+
+    def _prune(self) -> None:
+        """Remove what `[checkpoint]` does not keep; a failure costs space only."""
+        if self.rank != 0 or not self.config.keep_latest_k:
+            return
+        every = self.config.keep_every
+        try:
+            for step in self.steps()[: -self.config.keep_latest_k]:
+                if step != self._read and not (every and step % every == 0):
+                    self.storage.remove(_name(step))
+        except OSError as error:
+            logger.warning("old checkpoints in %s remain: %s", self.storage.root, error)
+
+    def _finish(self, step: int, result: Callable[[], None]) -> None:
+        try:
+            result()
+        except (Exception, CheckpointException) as error:
+            why = _reason(error)
+            if _OF_PEERS.search(why):
+                raise
+            self._failed += 1
+            self._latest = None
+            self.tell("failed_save", step=step, why=why)
+            if self.rank == 0:
+                logger.warning(
+                    "step %d could not be saved (%d in a row): %s; training goes on, the next save "
+                    "tries again",
+                    *(step, self._failed, why),
+                )
+            if self._failed >= self.max_failed_saves:
+                raise CheckpointError(
+                    f"{self._failed} saves in a row failed (guards.max_failed_saves), the last "
+                    f"with: {why}; make room or mend {self.storage.root}, then run the same "
+                    "command again"
+                ) from error
+            return
+        self._failed = 0
+
+    def _together(self, action: Callable[[], Any]) -> Any:
+        """Do something on rank 0; all ranks return what it returned, or raise what it raised."""
+        answer: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                answer[0] = action()
+            except Exception as error:
+                answer[1] = f"{type(error).__name__}: {error}"
+        if self._group is not None:
+            dist.broadcast_object_list(answer, group=self._group, group_src=0)
+        if answer[1] is not None:
+            raise OSError(answer[1])
+        return answer[0]
+
+    def _of_all_ranks(self, own: dict) -> dict:
+        """The union of what the ranks have."""
+        if self._group is None:
+            return dict(own)
+        gathered: list[dict] = [{}] * dist.get_world_size()
+        dist.all_gather_object(gathered, own, group=self._group)
+        return {key: value for rank in gathered for key, value in rank.items()}
+
+    # ------------------------------------------------------------------------ reading
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, oldest first."""
-        names = [path.name for path in self.directory.glob("step-*")]
-        return sorted(int(match[1]) for name in names if (match := _FOLDER.fullmatch(name)))
+        """Steps of the committed checkpoints, oldest first."""
+        names = self.storage.names()
+        steps = [int(match[1]) for name in names if (match := _FOLDER.fullmatch(name))]
+        if self.storage.is_local:
+            return sorted(steps)
+        return sorted(step for step in steps if manifest.NAME in self.storage.names(_name(step)))
 
     def latest(self) -> int | None:
-        """Step of the newest complete checkpoint, or None."""
+        """Step of the newest committed checkpoint, or None."""
         return max(self.steps(), default=None)
+
+    def find(self) -> int | None:
+        """The step to resume from, as `checkpoint.resume` says; None to begin anew.
+
+        Every file of the checkpoint is compared with its manifest, ranks taking turns. A damaged
+        one is named and set aside, and the one before is tried.
+
+        Raises:
+            ConfigError: the step asked for is not there; or all there were are damaged; or there
+                are some where none may be.
+        """
+        steps, resume = self._together(self.steps), self.config.resume
+        if resume == "none" and steps:
+            raise ConfigError(
+                f'checkpoint.resume = "none": {self.storage.root} has checkpoints (newest: step '
+                f'{steps[-1]}); use another run.output_dir, or "auto" to continue'
+            )
+        if resume.isdecimal():
+            return self._find_step(int(resume), steps)
+        damaged: dict[int, list[str]] = {}
+        for step in reversed(steps):
+            if not (found := self.problems(step)):
+                self._set_aside(damaged)
+                return step
+            damaged[step] = found
+        if damaged:
+            raise ConfigError(
+                f"all checkpoints in {self.storage.root} are damaged: {_list(damaged)}; restore "
+                "one of them, or move them away to begin anew"
+            )
+        return None
+
+    def _set_aside(self, damaged: dict[int, list[str]]) -> None:
+        for step, found in damaged.items():
+            aside = self._rename(step, "damaged")
+            self.tell("damaged", step=step, problems=found, kept_as=aside)
+            if self.rank == 0:
+                logger.warning(
+                    "damaged checkpoint of %s; it is kept as %s and the one before is used",
+                    *(_list({step: found}), aside),
+                )
+
+    def _rename(self, step: int, why: str) -> str:
+        return self._together(lambda: self.storage.set_aside(_name(step), why))
+
+    def _find_step(self, step: int, steps: list[int]) -> int:
+        if step not in steps:
+            raise ConfigError(
+                f'checkpoint.resume = "{step}": {self.storage.root} has '
+                f"{', '.join(map(str, steps)) or 'none'}"
+            )
+        if found := self.problems(step):
+            raise ConfigError(
+                f'checkpoint.resume = "{step}": that checkpoint is damaged: {"; ".join(found[:3])}'
+            )
+        for later in steps[steps.index(step) + 1 :]:  # else "auto" would go on from these
+            self._rename(later, "abandoned")
+        return step
+
+    def problems(self, step: int) -> list[str]:
+        """What is wrong with the checkpoint of a step, on any rank; every rank gets the same."""
+        turns = 1 if self._group is None else dist.get_world_size()
+        own = manifest.problems(self.storage, _name(step), turn=self.rank, turns=turns)
+        return list(self._of_all_ranks(dict.fromkeys(own)))
 
     def saved(self, step: int) -> set[str]:
         """Names of the model's tensors in the checkpoint of a step."""
-        metadata = dcp.FileSystemReader(self._folder(step)).read_metadata()
-        names = metadata.state_dict_metadata
+        names = self.storage.reader(_name(step)).read_metadata().state_dict_metadata
         return {name.removeprefix("model.") for name in names if name.startswith("model.")}
 
     def load(
@@ -143,16 +368,18 @@ class Checkpointer:
         Raises:
             ConfigError: the checkpoint is of another model.
         """
-        folder = self._folder(step)
-        metadata = dcp.FileSystemReader(folder).read_metadata()
+        reader = self.storage.reader(_name(step))
+        metadata = reader.read_metadata()
         saved = metadata.state_dict_metadata
         model_state = get_model_state_dict(model)
-        _check_fit(folder, metadata, self._of_all_ranks(model_state))
-        _create_optimizer_state(optimizer)
+        forms: dict[str, Form] = {f"model.{k}": (x.shape, x.dtype) for k, x in model_state.items()}
+        # Of a pipeline, the stages of all ranks.
+        check_fit(self.storage.path(_name(step)), metadata, self._of_all_ranks(forms))
+        create_optimizer_state(optimizer)
         optimizer_state = {
             # A parameter that never had a gradient has no state in the checkpoint, nor gets one.
             name: tensor
-            for name, tensor in _optimizer_tensors(model, optimizer).items()
+            for name, tensor in optimizer_tensors(model, optimizer).items()
             if f"optimizer.{name}" in saved
         }
         state = {
@@ -161,105 +388,23 @@ class Checkpointer:
             "train": {f"rank{rank}": b"" for rank in range(_ranks(saved))},
         }
         # Tensors are filled where they are; the placeholder of `train` is replaced.
-        dcp.load(state, checkpoint_id=folder, **self._world)
+        dcp.load(state, storage_reader=reader, **self._world)
         for name, parameter in model.named_parameters():
             if f"{name}.step" not in optimizer_state:
                 optimizer.state.pop(parameter, None)
-        self._latest = step
-        ranks = [_unpack(packed) for packed in state["train"].values()]
+        self._latest = self._read = step
+        ranks = [unpack(packed) for packed in state["train"].values()]
         if self.rank < len(ranks):
-            _set_random_state(ranks[self.rank]["random"])
+            set_random_state(ranks[self.rank]["random"])
         return [rank["caller"] for rank in ranks]
 
-    def _of_all_ranks(self, model_state: dict[str, Tensor]) -> dict[str, "Form"]:
-        """The model's tensors by key; of a pipeline, the stages of all ranks."""
-        forms = {f"model.{name}": (x.shape, x.dtype) for name, x in model_state.items()}
-        if "process_group" not in self._world:
-            return forms
-        gathered: list[dict] = [{}] * dist.get_world_size()
-        dist.all_gather_object(gathered, forms, group=self._world["process_group"])
-        return {name: form for rank in gathered for name, form in rank.items()}
 
-    def _folder(self, step: int) -> Path:
-        return self.directory / f"step-{step:06d}"
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{name}.{key}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-@torch.no_grad()
-def _create_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
-    """Let the optimizer make its state, by a step that changes no weight (rate 0)."""
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-
-
-Form = tuple[torch.Size, torch.dtype]
-
-
-def _check_fit(folder: Path, metadata: Metadata, wanted: dict[str, Form]) -> None:
-    saved = {
-        name: entry
-        for name, entry in metadata.state_dict_metadata.items()
-        if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
-    }
-    shapes = [
-        f"{name} is {list(saved[name].size)} there and {list(shape)} here"
-        for name, (shape, _) in wanted.items()
-        if name in saved and saved[name].size != shape
-    ]
-    dtypes = [
-        f"{name} is {saved[name].properties.dtype} there and {dtype} here"
-        for name, (_, dtype) in wanted.items()
-        if name in saved and saved[name].properties.dtype != dtype
-    ]
-    missing = [f"{name} is not in it" for name in wanted if name not in saved]
-    unexpected = [f"{name} is only there" for name in saved if name not in wanted]
-    differing = [name for name in (*wanted, *saved) if (name in saved) != (name in wanted)]
-    if differing and not (shapes or dtypes) and all(_STEERING in name for name in differing):
-        raise ConfigError(_other_steering(folder, differing, saved))
-    problems = [*shapes, *missing, *unexpected, *dtypes]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ConfigError(
-            f"{folder} is a checkpoint of another model: {'; '.join(problems[:3])}{more}; "
-            "set the model it was trained with, or another run.output_dir"
-        )
-
-
-# What balances experts without a loss (`models/moe/steering.py`), and the settings that ask for it.
-_STEERING = ".router.steering."
-_ASKED_BY = {
-    "bias_E": 'bias_update = "sign" or "quantile"',
-    "threshold_E": 'router = "threshold"',
-    "load_ema_E": 'router = "expert_choice"',
-}
-
-
-def _other_steering(folder: Path, differing: list[str], saved: Mapping[str, Any]) -> str:
-    """`differing`: buffers that only the checkpoint or only the model has, of steering alone."""
-    name = next(name for name in differing if name.rpartition(".")[2] in _ASKED_BY)
-    setting, buffer = _ASKED_BY[name.rpartition(".")[2]], name.removeprefix("model.")
-    if name in saved:
-        problem = f"{buffer} is only there, of a run with {setting}: set that again"
-    else:
-        problem = f"{buffer} is not in it, which {setting} needs: leave that as it was"
-    return (
-        f"{folder} was saved with other balancing of experts: {problem} in that branch's [moe.*], "
-        "or start anew in another run.output_dir"
-    )
+def _list(damaged: dict[int, list[str]]) -> str:
+    return " | ".join(f"step {step}: {'; '.join(found[:3])}" for step, found in damaged.items())
 
 
 def _ranks(saved: Mapping[str, Any]) -> int:
@@ -267,32 +412,9 @@ def _ranks(saved: Mapping[str, Any]) -> int:
     return sum(name.startswith("train.rank") for name in saved)
 
 
-def _random_state() -> dict[str, Any]:
-    state = {"python": random.getstate(), "torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    if "numpy" in sys.modules:
-        state["numpy"] = sys.modules["numpy"].random.get_state()
-    return state
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-    if "numpy" in state:
-        import numpy
-
-        numpy.random.set_state(state["numpy"])
-
-
-# Bytes, because DCP would flatten a dictionary and ask for the same structure when loading.
-def _pack(value: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
-
-
-def _unpack(data: bytes) -> Any:
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=False)
+def _reason(error: BaseException) -> str:
+    """One line; of DCP's collection of all ranks' errors, the first."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (first, _) = next(iter(error.failures.items()))
+        return f"rank {rank}: {_reason(first)}"
+    return f"{type(error).__name__}: {error}".splitlines()[0]

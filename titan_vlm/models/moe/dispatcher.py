@@ -82,8 +82,8 @@ class LocalState:
 
 
 class LocalDispatcher:
-    """All experts on this rank; each one's rows begin at a multiple of `align` (None: as suits their
-    type)."""
+    """All experts on this rank; each one's rows begin at a multiple of `align` (None: as their
+    type needs it)."""
 
     align: int | None = None
 

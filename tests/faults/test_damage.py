@@ -1,0 +1,317 @@
+"""Every way a checkpoint can be damaged on its disk, and what the next start does about it."""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import fsspec
+import pytest
+from torch.distributed.checkpoint import FileSystemWriter
+
+from tests.toy_run import Run, assert_same_bits
+from titan_vlm.errors import CheckpointError, ConfigError
+from titan_vlm.training import manifest
+
+FILES = ("__0_0.distcp", ".metadata", "manifest.json")
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def flipped(path: Path) -> None:
+    """One bit in the middle; the size stays."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def removed(path: Path) -> None:
+    path.unlink()
+
+
+def became_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def of_another_format(path: Path) -> None:
+    path.write_text(json.dumps({"format": 99, "files": {}}))
+
+
+DAMAGES = [truncated, emptied, flipped, removed, became_a_folder]
+CASES = [(file, damage) for file in FILES for damage in DAMAGES]
+CASES.append(("manifest.json", of_another_format))
+
+
+def trained(directory, **settings) -> Run:
+    """Saved after steps 1 and 2."""
+    run = Run(directory, keep_latest_k=0, **settings)
+    for step in (1, 2):
+        run.train(1)
+        run.save(step)
+    run.checkpointer.close()
+    return run
+
+
+@pytest.mark.parametrize(("file", "damage"), CASES, ids=[f"{f} {d.__name__}" for f, d in CASES])
+def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_is_used(
+    file, damage, tmp_path, caplog
+):
+    trained(tmp_path)
+    damage(tmp_path / "step-000002" / file)
+    resumed = Run(tmp_path, seed=9)
+    with caplog.at_level(logging.WARNING):
+        assert resumed.resume() == 1
+    expected = Run(tmp_path / "unused")
+    expected.train(1)
+    assert_same_bits(resumed, expected)
+    assert (tmp_path / "step-000002.damaged").exists()
+    assert "damaged checkpoint of step 2" in caplog.text and file in caplog.text
+    [(kind, facts)] = resumed.events
+    assert kind == "damaged" and facts["step"] == 2 and file in facts["problems"][0]
+    resumed.train(1)
+    resumed.save(2)  # and the run goes on over the place of the damaged one
+    assert Run(tmp_path, seed=3).resume() == 2
+
+
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch, caplog):
+    """By a patch: the user of a test may be root, who may read everything."""
+    trained(tmp_path)
+    original = manifest.Storage.sha256
+
+    def refuse(self, *names):
+        if names == ("step-000002", "__0_0.distcp"):
+            raise PermissionError(13, "Permission denied")
+        return original(self, *names)
+
+    monkeypatch.setattr(manifest.Storage, "sha256", refuse)
+    resumed = Run(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        assert resumed.resume() == 1
+    assert "__0_0.distcp: Permission denied" in caplog.text
+
+
+def test_where_all_are_damaged_nothing_begins_anew_behind_the_users_back(tmp_path):
+    trained(tmp_path)
+    flipped(tmp_path / "step-000001" / "__0_0.distcp")
+    removed(tmp_path / "step-000002" / ".metadata")
+    for _ in range(2):  # nor at the second attempt
+        with pytest.raises(ConfigError, match="all checkpoints .* step 2: .metadata is missing"):
+            Run(tmp_path).resume()
+
+
+def test_a_folder_without_manifest_was_never_a_checkpoint_of_an_object_store(tmp_path):
+    directory = f"memory://{tmp_path.name}"
+    trained(directory)
+    store = fsspec.filesystem("memory")
+    store.rm_file(f"/{tmp_path.name}/step-000002/manifest.json")
+    resumed = Run(directory)
+    assert resumed.resume() == 1 and resumed.events == []
+    resumed.train(1)
+    resumed.save(2)
+    assert Run(directory).resume() == 2
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_an_object_store_holds_the_same_run(tmp_path, async_save):
+    directory = f"memory://{tmp_path.name}"
+    run = trained(directory, async_save=async_save)
+    resumed = Run(directory, seed=4)
+    assert resumed.resume() == 2
+    assert_same_bits(resumed, run)
+    store = fsspec.filesystem("memory")
+    path = f"/{tmp_path.name}/step-000002/__0_0.distcp"
+    data = bytearray(store.cat_file(path))
+    data[len(data) // 2] ^= 1
+    store.pipe_file(path, bytes(data))
+    again = Run(directory, seed=5)
+    assert again.resume() == 1
+    assert "another checksum" in again.events[0][1]["problems"][0]
+    assert store.exists(f"/{tmp_path.name}/step-000002/manifest.json.damaged")
+
+
+def test_only_the_latest_are_kept_in_an_object_store(tmp_path):
+    directory = f"memory://{tmp_path.name}"
+    run = Run(directory, keep_latest_k=1)
+    for step in (1, 2, 3):
+        run.save(step)
+    assert run.checkpointer.steps() == [3]
+    assert fsspec.filesystem("memory").ls(f"/{tmp_path.name}", detail=False) == [
+        f"/{tmp_path.name}/step-000003"
+    ]
+
+
+def test_an_address_that_no_package_serves_is_one_line():
+    with pytest.raises(ConfigError, match="checkpoint.directory = nowhere://x: .*nowhere"):
+        Run("nowhere://x")
+
+
+def test_a_checkpoint_makes_no_object_that_is_not_its_own(tmp_path):
+    """A pickle can call any function when it is read."""
+    trained(tmp_path)
+    marker = tmp_path / "called"
+    code = f"cos\nsystem\n(S'touch {marker}'\ntR."
+    (tmp_path / "step-000002" / ".metadata").write_bytes(code.encode())
+    with pytest.raises(Exception, match=r"(os|posix).system has no place in a checkpoint"):
+        Run(tmp_path).load(2)
+    assert not marker.exists()
+
+
+# ---------------------------------------------------------------------------- going back
+
+
+def test_going_back_to_a_step_leaves_the_later_ones_where_nobody_takes_them_up(tmp_path):
+    trained(tmp_path)
+    run = Run(tmp_path, resume="1")
+    assert run.resume() == 1
+    assert run.checkpointer.steps() == [1]
+    assert (tmp_path / "step-000002.abandoned" / "manifest.json").exists()
+
+
+def test_a_step_that_is_not_there_and_a_start_that_must_be_new_are_refused(tmp_path):
+    trained(tmp_path)
+    with pytest.raises(ConfigError, match='resume = "7": .* has 1, 2'):
+        Run(tmp_path, resume="7").resume()
+    with pytest.raises(ConfigError, match='resume = "none": .* \\(newest: step 2'):
+        Run(tmp_path, resume="none").resume()
+    assert Run(tmp_path / "new", resume="none").resume() is None
+    truncated(tmp_path / "step-000001" / ".metadata")
+    with pytest.raises(ConfigError, match='resume = "1": that checkpoint is damaged: .metadata'):
+        Run(tmp_path, resume="1").resume()
+
+
+def test_every_nth_is_kept_and_never_the_one_resumed_from_is_pruned(tmp_path):
+    run = Run(tmp_path, keep_latest_k=1, keep_every=4)
+    for step in range(1, 7):
+        run.save(step)
+    assert run.checkpointer.steps() == [4, 6]
+    run = Run(tmp_path, keep_latest_k=1)
+    run.resume()
+    for step in (7, 8):
+        run.save(step)
+    assert run.checkpointer.steps() == [6, 8]
+
+
+# ---------------------------------------------------------------------------- while saving
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_save_that_fails_is_tried_again_at_the_next(tmp_path, monkeypatch, caplog, async_save):
+    broken, original = [True], FileSystemWriter.write_data
+
+    def write_data(self, *args):
+        if broken:
+            raise OSError(28, "No space left on device")
+        return original(self, *args)
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", write_data)
+    run = Run(tmp_path, max_failed_saves=3, async_save=async_save)
+    for step in (1, 2):
+        run.train(1)
+        run.save(step)
+        run.checkpointer.wait()
+    assert [kind for kind, _ in run.events] == ["failed_save"] * 2
+    assert "step 2 could not be saved (2 in a row): rank 0: OSError: [Errno 28]" in caplog.text
+    broken.clear()
+    run.save(2)  # the same step, tried again
+    run.checkpointer.wait()
+    broken.append(True)
+    for step in (3, 4):
+        run.save(step)
+        run.checkpointer.wait()
+    with pytest.raises(CheckpointError, match="3 saves in a row"):  # counted anew
+        run.save(5)
+        run.checkpointer.wait()
+    assert run.checkpointer.latest() == 2
+
+
+def test_a_last_save_that_fails_is_no_success(tmp_path, monkeypatch):
+    run = Run(tmp_path, max_failed_saves=3)
+    run.save(1)
+    monkeypatch.setattr(FileSystemWriter, "write_data", lambda *_: 1 / 0)
+    run.save(2)
+    with pytest.raises(CheckpointError, match="newest checkpoint is of step 1"):
+        run.checkpointer.close()
+
+
+def test_a_disk_slower_than_the_steps_leaves_saves_out_but_for_those_that_must_be(
+    tmp_path, monkeypatch, caplog
+):
+    go, original = threading.Event(), FileSystemWriter.write_data
+
+    def write_data(self, *args):
+        assert go.wait(60)
+        return original(self, *args)
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", write_data)
+    run = Run(tmp_path, async_save=True)
+    run.save(1)
+    run.checkpointer.save(2, run.model, run.optimizer, {}, must=False)
+    assert "step 2 is not saved: the last save is still being written" in caplog.text
+    go.set()
+    run.checkpointer.save(3, run.model, run.optimizer, {}, must=True)
+    run.checkpointer.close()
+    assert run.checkpointer.steps() == [1, 3]
+
+
+ON_A_FULL_DISK = """
+    import sys, torch
+    sys.path.insert(0, {root!r})
+    from tests.toy_run import Run
+    run = Run({directory!r}, max_failed_saves=9, keep_latest_k=1)
+    run.save(1)
+    filler = open({directory!r} + "/filler", "wb", buffering=0)
+    try:
+        while True:
+            filler.write(bytes(4096))
+    except OSError:
+        pass
+    run.train(1)
+    run.save(2)
+    print(run.events[-1], run.checkpointer.steps())
+    filler.truncate(0)
+    run.save(2)
+    print(run.events[-1][0], run.checkpointer.steps())
+"""
+
+
+def test_a_full_disk_costs_a_save_and_not_the_run(tmp_path):
+    """A file system of 1 MiB, in a name space of its own."""
+    script = tmp_path / "script.py"
+    mount = tmp_path / "mount"
+    mount.mkdir()
+    root = str(Path(__file__).parents[2])
+    script.write_text(textwrap.dedent(ON_A_FULL_DISK).format(root=root, directory=str(mount)))
+    shell = f"mount -t tmpfs -o size=1m tmpfs {mount} && exec {sys.executable} {script}"
+    tool = shutil.which("unshare")
+    probe = [tool, "-rm", "mount", "-t", "tmpfs", "tmpfs", str(mount)]
+    if not tool or subprocess.run(probe, capture_output=True).returncode:
+        pytest.skip("needs unshare and the right to mount")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [tool, "-rm", "sh", "-c", shell], capture_output=True, text=True, env=environment
+    )
+    failed, saved = done.stdout.splitlines()
+    assert failed.startswith("('failed_save'") and failed.endswith("[1]")
+    assert "No space left on device" in failed
+    assert saved == "save [2]"
+
+
+def test_what_is_loaded_was_checked_by_the_same_checksums_as_in_the_script(tmp_path):
+    trained(tmp_path)
+    assert manifest.check(tmp_path / "step-000002") == []
+    flipped(tmp_path / "step-000002" / "__0_0.distcp")
+    assert manifest.check(tmp_path / "step-000002", checksums=False) == []
+    [problem] = manifest.check(tmp_path / "step-000002")
+    assert problem == "__0_0.distcp has another checksum than when it was written"

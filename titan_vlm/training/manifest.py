@@ -1,0 +1,90 @@
+"""manifest.json: what a checkpoint is, and size and SHA-256 of every file in it.
+
+    {"format": 1, "step": 100, "saved_at": "2025-01-31T12:00:00+00:00",
+     "files": {"__0_0.distcp": {"bytes": 123, "sha256": "..."}, ".metadata": {...}},
+     "versions": {"torch": "2.13.0", ...}, "mesh": {"dp_shard": 4, ...}, "config": "[run]...",
+     "sha256": "of all this without this line"}
+
+It is the last file that is written; a folder without one is no checkpoint.
+"""
+
+import hashlib
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from titan_vlm import __version__
+from titan_vlm.training.storage import Storage
+
+NAME = "manifest.json"
+FORMAT = 1
+
+
+def make(step: int, files: dict[str, dict[str, Any]], about: dict[str, Any]) -> bytes:
+    """The text of a manifest; `about` says where the checkpoint comes from."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    content = {"format": FORMAT, "step": step, "saved_at": now, "files": files}
+    content |= {"versions": {"titan_vlm": __version__, "torch": torch.__version__}} | about
+    return json.dumps(content | {"sha256": _digest(content)}, indent=1).encode()
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read(storage: Storage, name: str) -> dict[str, Any]:
+    """The manifest of the checkpoint `name`.
+
+    Raises:
+        ValueError: it is none.
+        OSError: it cannot be read.
+    """
+    content = json.loads(storage.read(name, NAME))
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"expected a JSON object with format {FORMAT}")
+    if content.pop("sha256", None) != _digest(content):
+        raise ValueError("it is not as it was written")
+    for file, facts in content["files"].items():
+        if "/" in file or not isinstance(facts["bytes"], int) or len(facts["sha256"]) != 64:
+            raise ValueError(f'"{file}" is no entry of a file')
+    return content
+
+
+def problems(
+    storage: Storage, name: str, checksums: bool = True, turn: int = 0, turns: int = 1
+) -> list[str]:
+    """What is wrong with a checkpoint; nothing where it is whole.
+
+    Args:
+        checksums: read every file; else look at the sizes alone.
+        turn, turns: look at every `turns`-th file only, from `turn` on: the others are other
+            ranks'.
+    """
+    try:
+        files = read(storage, name)["files"]
+    except FileNotFoundError:
+        return [f"{NAME} is missing"]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return [f"{NAME}: {type(error).__name__} {error}"]
+    found = []
+    for file in sorted(files)[turn::turns]:
+        try:
+            size, expected = storage.size(name, file), files[file]["bytes"]
+            if size != expected:
+                found.append(f"{file} has {size} bytes instead of {expected}")
+            elif checksums and storage.sha256(name, file) != files[file]["sha256"]:
+                found.append(f"{file} has another checksum than when it was written")
+        except FileNotFoundError:
+            found.append(f"{file} is missing")
+        except OSError as error:
+            found.append(f"{file}: {error.strerror or error}")
+    return found
+
+
+def check(folder: str | Path, checksums: bool = True) -> list[str]:
+    """What is wrong with the checkpoint in `folder`, a line for each problem; for scripts."""
+    parent, _, name = str(folder).rstrip("/").rpartition("/")
+    return problems(Storage(parent or "."), name, checksums)
