@@ -52,6 +52,85 @@ def test_ranks_choose_count_and_learn_as_one_process(world, name, kind):
             torch.testing.assert_close(joined, whole[key], rtol=1e-10, atol=1e-12, msg=key)
 
 
+@pytest.mark.parametrize(
+    ("name", "reductions", "gathers"),
+    [
+        ("expert choice", 1, 1 + 3),  # lengths; then group, score, place
+        ("capacity of a sequence", 1, 1 + 2),
+        ("batch by score", 1, 1 + 4),
+        ("expert choice of a batch that learns", 2, 1 + 3),
+        ("learned noise with drops", 2, 1 + 2),
+    ],
+)
+def test_lengths_are_exchanged_once_and_nothing_in_a_recomputation(
+    world, name, reductions, gathers
+):
+    settings = COUNTED.get(name) or SETTINGS[name]
+    for made, again in world.run(2, exchanges, settings):
+        assert made == {"all_reduce": reductions, "all_gather": gathers}
+        assert again == {}
+
+
+COUNTED = {
+    "expert choice of a batch that learns": {
+        "router": "expert_choice",
+        "capacity_factor": 1.0,
+        "z_loss": 0.1,
+    },
+    "learned noise with drops": {
+        "router": "noisy_topk",
+        "score": "softmax_topk",
+        "cv_load": 0.4,
+        "capacity_factor": 0.6,
+        "min_capacity": 1,
+    },
+}
+
+
+def exchanges(settings):
+    """How often each collective is called by a router's forward pass, and by its second one."""
+    from collections import Counter
+
+    import torch.distributed as dist
+    from torch.utils.checkpoint import checkpoint
+
+    from titan_vlm import collectives, distributed
+    from titan_vlm.parallel.expert import Peers
+
+    distributed.start("cpu")
+    case, calls = "three documents and padding", Counter()
+    made, of, x_TD = router(**settings), tokens(case), hidden(case)
+    made.sequence_peers = made.batch_peers = Peers(dist.group.WORLD)
+    mine = (torch.arange(len(of)) % 2 == dist.get_rank()).nonzero().squeeze(-1)
+    part = of.take(mine, of.index_V[mine])
+
+    def counted(name):
+        call = getattr(collectives, name)
+
+        def run(*args):
+            calls[name] += 1
+            return call(*args)
+
+        return run
+
+    def forward(x_TD):
+        return made(x_TD, part).weights_P.square().sum()
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_reduce", "all_gather"):
+            patch.setattr(collectives, name, counted(name))
+        loss = checkpoint(forward, x_TD, use_reentrant=False)
+        first = dict(calls)
+        calls.clear()
+        loss.backward()
+        again = dict(calls)
+    plain = x_TD.grad.clone()
+    x_TD.grad = None
+    forward(x_TD).backward()
+    assert torch.equal(plain, x_TD.grad)
+    return first, again
+
+
 def parts_of(settings, kind):
     import torch.distributed as dist
 

@@ -1,10 +1,12 @@
 """Every router against a loop over tokens, written from its formula: pairs, weights, gradients."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from tests.routing_cases import (
     EXPERTS,
@@ -314,8 +316,8 @@ class Twins:
     def sum(self, x):
         return 2 * x
 
-    def gather(self, x_P):
-        return torch.cat((x_P, x_P)), slice(0, len(x_P))
+    def gather(self, *columns_P):
+        return [torch.cat((x_P, x_P)) for x_P in columns_P], slice(0, len(columns_P[0]))
 
 
 @pytest.mark.parametrize("scope", ["sequence", "batch", "rank"])
@@ -325,6 +327,34 @@ def test_evaluation_drops_nothing_on_any_mesh(scope):
     assert len(made(x_TD, of).weights_P) < TOP_K * len(of)
     made.eval().batch_peers = Twins()
     assert pairs(made(x_TD, of)) == pairs(router().eval()(x_TD, of))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"capacity_factor": 0.6, "min_capacity": 1, "score": "sigmoid", "aux_loss": 0.5},
+        {"router": "expert_choice", "capacity_factor": 1.0, "z_loss": 0.5},
+    ],
+)
+def test_layers_of_one_name_run_again_as_they_ran(settings):
+    """Each finds in a recomputation what itself found."""
+    case = "three documents and padding"
+    gates = [router(**settings), router(**settings)]
+    with torch.no_grad():
+        gates[1].weight.neg_()
+
+    def gradients(run):
+        of, x_TD = tokens(case), hidden(case)
+        routed = [run(lambda x, gate=gate: gate(x, of).weights_P, x_TD) for gate in gates]
+        return torch.autograd.grad(
+            sum(weights_P.square().sum() for weights_P in routed),
+            [x_TD, *(gate.weight for gate in gates)],
+        )
+
+    plain = gradients(lambda forward, x_TD: forward(x_TD))
+    again = gradients(partial(checkpoint, use_reentrant=False))
+    for ours, theirs in zip(again, plain, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_drops_wait_for_the_device_once():

@@ -75,11 +75,17 @@ class Peers(Alone):
     def sum(self, x: Tensor) -> Tensor:
         return collectives.all_reduce(x, self.group)
 
-    def gather(self, x_P: Tensor) -> tuple[Tensor, slice]:
-        own = torch.tensor([len(x_P)], device=x_P.device)
+    def gather(self, *columns_P: Tensor) -> tuple[list[Tensor], slice]:
+        # Once for all columns: the host waits for the lengths.
+        num_rows = len(columns_P[0])
+        own = torch.tensor([num_rows], device=columns_P[0].device)
         lens = collectives.all_gather(own, 0, self.group).tolist()
-        longest, before = max(lens), sum(lens[: self.group.rank()])
+        before = sum(lens[: self.group.rank()])
+        joined = [self._join(column_P, lens) for column_P in columns_P]
+        return joined, slice(before, before + num_rows)
+
+    def _join(self, x_P: Tensor, lens: list[int]) -> Tensor:
+        longest = max(lens)
         padded = torch.cat((x_P, x_P.new_zeros(longest - len(x_P))))
         parts = collectives.all_gather(padded, 0, self.group).view(self.size, longest)
-        joined = [part[:n] for part, n in zip(parts, lens, strict=True)]
-        return torch.cat(joined), slice(before, before + len(x_P))
+        return torch.cat([part[:n] for part, n in zip(parts, lens, strict=True)])

@@ -12,7 +12,7 @@ class Alone:
         """Over all ranks, a new tensor; without gradients."""
         return x
 
-    def gather(self, x_P: Tensor) -> tuple[Tensor, slice]:
-        """The rows of all ranks, however many each has, in the order of the ranks; and which of
-        them are this rank's. Without gradients."""
-        return x_P, slice(None)
+    def gather(self, *columns_P: Tensor) -> tuple[list[Tensor], slice]:
+        """The rows of all ranks, however many each has, in the order of the ranks, of each column;
+        and which of them are this rank's. Without gradients."""
+        return list(columns_P), slice(None)

@@ -13,6 +13,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -195,7 +196,8 @@ class Router(nn.Module):
     def _ragged(self, scores_VE: Tensor, tokens: Tokens, counting: bool) -> Chosen:
         config = self.config
         if config.router == "expert_choice":
-            made_VE = selection.expert_choice(
+            find = partial(
+                selection.expert_choice,
                 scores_VE,
                 tokens,
                 self.sequence_peers,
@@ -204,6 +206,7 @@ class Router(nn.Module):
                 config.ec_chunk,
                 config.ec_fallback,
             )
+            made_VE = tokens.once((self, "made"), find)
         else:
             made_VE = self.steering.above(scores_VE.detach(), self.top_k)
             if counting:
@@ -227,7 +230,8 @@ class Router(nn.Module):
             return None
         alone = Alone()
         peers = {"sequence": self.sequence_peers, "batch": self.batch_peers, "rank": alone}
-        return selection.within_capacity(
+        find = partial(
+            selection.within_capacity,
             chosen.token_P,
             chosen.experts_P,
             chosen.scores_P,
@@ -240,6 +244,7 @@ class Router(nn.Module):
             config.drop,
             peers[config.capacity_scope],
         )
+        return tokens.once((self, "kept"), find)
 
     # ------------------------------------------------------------------------ what is observed
 
@@ -271,7 +276,7 @@ class Router(nn.Module):
         if not again:
             if moment.micro_batch == 0:
                 self.seen_E.zero_()
-            tokens.memo[self.name] = balance.find_slopes(
+            tokens.memo[self, "slopes"] = balance.find_slopes(
                 sums,
                 choice,
                 tokens,
@@ -280,7 +285,7 @@ class Router(nn.Module):
                 self.batch_peers,
                 self.sequence_peers,
             )
-        slopes = tokens.memo[self.name].slopes
+        slopes = tokens.memo[self, "slopes"].slopes
         return balance.inject(chosen.weights_P, list(sums.values()), slopes)
 
     @torch.no_grad()
@@ -302,7 +307,7 @@ class Router(nn.Module):
         share = 1 / self.batch_peers.size  # these are the same on every rank, and will be summed
         figures["micro_batches"] = share
         if self.config.losses:
-            values = tokens.memo[self.name].values
+            values = tokens.memo[self, "slopes"].values
             figures |= {name: value * share for name, value in values.items()}
         if self.config.router in RAGGED:
             with_pair_V = torch.zeros_like(tokens.place_V).index_fill(0, chosen.token_P, 1)

@@ -92,10 +92,9 @@ def expert_choice(
     experts_E = torch.arange(num_experts, device=scores_VE.device)
     groups_VE = (sequence_V * CHUNKS + chunk_V).unsqueeze(1) * num_experts + experts_E
     places_VE = tokens.place_V.unsqueeze(1).expand_as(groups_VE)
-    groups, own = peers.gather(groups_VE.flatten())
-    scores, _ = peers.gather(scores_VE.detach().flatten())
-    places, _ = peers.gather(places_VE.flatten())
-    ranks_VE = ranks_within(groups, -scores, places)[own].view_as(scores_VE)
+    columns = (groups_VE.flatten(), -scores_VE.detach().flatten(), places_VE.flatten())
+    gathered, own = peers.gather(*columns)
+    ranks_VE = ranks_within(*gathered)[own].view_as(scores_VE)
     room_V = capacity(here_V, factor, top_k, num_experts)  # T itself is never exceeded
     taken_VE = ranks_VE < room_V.unsqueeze(1)
     if fallback:
@@ -129,12 +128,11 @@ def within_capacity(
     sequence_P, place_P = tokens.sequence_V[token_P], tokens.place_V[token_P]
     if scope == "sequence":
         lens_P = sequence_lengths(tokens, peers)[sequence_P]
-        groups_P = sequence_P * num_experts + experts_P
-        names_P = torch.zeros_like(sequence_P)
+        groups_P, names = sequence_P * num_experts + experts_P, ()
     else:
         lens_P = peers.sum(torch.tensor(len(tokens), device=token_P.device)).expand_as(token_P)
-        groups_P, names_P = experts_P, tokens.keys_N[sequence_P]
-    keys = (place_P, names_P) if by == "position" else (-scores_P.detach(), place_P, names_P)
-    groups, own = peers.gather(groups_P)
-    ranks_P = ranks_within(groups, *(peers.gather(key)[0] for key in keys))[own]
+        groups_P, names = experts_P, (tokens.keys_N[sequence_P],)
+    first = () if by == "position" else (-scores_P.detach(),)
+    gathered, own = peers.gather(groups_P, *first, place_P, *names)
+    ranks_P = ranks_within(*gathered)[own]
     return ranks_P < capacity(lens_P, factor, top_k, num_experts).clamp(min=minimum)

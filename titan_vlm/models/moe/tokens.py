@@ -12,6 +12,7 @@ sequence can be added over ranks.
 """
 
 import hashlib
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 import torch
@@ -42,8 +43,9 @@ class Tokens:
     place_V: Tensor
     keys_N: Tensor
     moment: Moment = field(default_factory=Moment)
-    # What a layer found out about these tokens, by its name. When activation checkpointing runs it
-    # again, it looks here: nothing is exchanged twice, and slopes stay what they were.
+    # What a layer found out about these tokens. When activation checkpointing runs it again, it
+    # looks here: nothing is exchanged twice, and slopes and drops stay what they were. So a layer
+    # sees them once between a forward pass and its backward pass.
     memo: dict = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -57,6 +59,13 @@ class Tokens:
         """The same tokens, their tensors on `device`."""
         tensors = (self.index_V, self.sequence_V, self.place_V, self.keys_N)
         return Tokens(*(x.to(device, non_blocking=True) for x in tensors), self.moment)
+
+    def once(self, key: Hashable, find: Callable[[], Tensor]) -> Tensor:
+        """`find()`; in a recomputation what it returned in the forward pass. All ranks run again
+        together, so that all of them call it or none."""
+        if not runs_again() or key not in self.memo:
+            self.memo[key] = find()
+        return self.memo[key]
 
     def take(self, chosen: Tensor, index_V: Tensor) -> "Tokens":
         """Some of them, at other places."""
