@@ -9,7 +9,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from titan_vlm.models.init import init_weights
-from titan_vlm.models.moe.experts import WeightedSwiGLU
+from titan_vlm.models.moe.dispatcher import LocalDispatcher
+from titan_vlm.models.moe.experts import Experts, WeightedSwiGLU, _EachRow
 from titan_vlm.models.moe.layer import MoE
 from titan_vlm.models.moe.layout import ALIGN, ALIGN_WIDE, make_layout
 from titan_vlm.models.moe.routing import Routing
@@ -150,6 +151,59 @@ def test_pairs_are_counted_once_under_activation_checkpointing():
     x = torch.randn(12, WIDTH, dtype=torch.float64, requires_grad=True)
     checkpoint(layer, x, some(list(range(12))), use_reentrant=False).sum().backward()
     assert layer.router.load_E.sum() == 12 * TOP_K
+
+
+@pytest.mark.parametrize("layout", ["uniform", "ragged"])
+def test_experts_with_biases_equal_a_loop_over_pairs(monkeypatch, layout):
+    force(monkeypatch, layout)
+    experts = Experts(EXPERTS, WIDTH, HIDDEN, bias=True).double()
+    for i, parameter in enumerate(experts.parameters()):
+        torch.nn.init.normal_(parameter, 0.0, 0.3, torch.Generator().manual_seed(i))
+    token_P = torch.arange(40).repeat_interleave(TOP_K)
+    experts_P = torch.arange(80) ** 2 % EXPERTS  # 0, 1 and 4: two have no pair
+    weights_P = torch.linspace(0.1, 2.0, 80).double().requires_grad_()
+    x = torch.randn(40, WIDTH, dtype=torch.float64, requires_grad=True)
+    rows, state = LocalDispatcher().dispatch(x, Routing(token_P, experts_P, weights_P, EXPERTS))
+    ours = LocalDispatcher().combine(experts(rows, state.layout), state)
+    plain = [torch.zeros(WIDTH, dtype=torch.float64) for _ in range(40)]
+    for t, e, w in zip(token_P.tolist(), experts_P.tolist(), weights_P, strict=True):
+        gate, up = (x[t] @ experts.gate_up[e] + experts.gate_up_bias[e, 0]).chunk(2)
+        out = (F.silu(gate) * up) @ experts.down[e] + experts.down_bias[e, 0]
+        plain[t] = plain[t] + w * out
+    plain = torch.stack(plain)
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+    inputs = [x, weights_P, *experts.parameters()]
+    given = torch.autograd.grad(ours.sin().sum(), inputs)
+    for g, wanted in zip(given, torch.autograd.grad(plain.sin().sum(), inputs), strict=True):
+        torch.testing.assert_close(g, wanted, rtol=1e-11, atol=1e-12)
+
+
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_bias_gradient_is_a_float32_sum_of_its_own_rows(device):
+    ends = torch.tensor([5000, 5000, 13000], dtype=torch.int32, device=device)
+    bias = torch.zeros(3, 1, 8, dtype=torch.bfloat16, device=device, requires_grad=True)
+    grad = torch.randn(13064, 8, generator=torch.Generator().manual_seed(0)) + 1
+    grad = grad.to(device, torch.bfloat16)
+    grad[13000:] = float("nan")  # nobody's rows: their memory is not cleared
+    (given,) = torch.autograd.grad(_EachRow.apply(bias, ends, len(grad)), bias, grad)
+    exact = grad.double()
+    wanted = torch.stack([exact[:5000].sum(0), 0 * exact[0], exact[5000:13000].sum(0)])
+    half_a_step = 2.0**-8  # of bfloat16; and what float32 adds to it
+    torch.testing.assert_close(given.double().squeeze(1), wanted, rtol=1.01 * half_a_step, atol=0)
+    for _ in range(3):
+        (again,) = torch.autograd.grad(_EachRow.apply(bias, ends, len(grad)), bias, grad)
+        assert torch.equal(again, given)
+
+
+@pytest.mark.parametrize("num_rows", [0, ALIGN])
+def test_a_bias_without_rows_has_a_gradient_of_zero(num_rows):
+    bias = torch.randn(2, 1, 8, requires_grad=True)
+    rows = _EachRow.apply(bias, torch.zeros(2, dtype=torch.int32), num_rows)
+    (given,) = torch.autograd.grad(rows, bias, torch.ones(num_rows, 8))
+    assert torch.equal(given, torch.zeros_like(bias))
 
 
 def test_swiglu_gradient_is_exact():

@@ -44,12 +44,10 @@ class Experts(nn.Module):
         if not hasattr(self, "down_bias"):
             hidden_RF = WeightedSwiGLU.apply(gate_up_RF, layout.weights_R)
             return self.matmul(hidden_RF, self.down, layout)
-        rows = torch.arange(len(x_RD), device=x_RD.device)
-        # Rows past the last group are nobody's; they have weight 0.
-        experts_R = torch.bucketize(rows, layout.ends_E, right=True).clamp(max=len(self.down) - 1)
-        gate_up_RF = gate_up_RF + self.gate_up_bias.squeeze(1).index_select(0, experts_R)
+        num_rows = len(x_RD)
+        gate_up_RF = gate_up_RF + _EachRow.apply(self.gate_up_bias, layout.ends_E, num_rows)
         hidden_RF = WeightedSwiGLU.apply(gate_up_RF, layout.weights_R)
-        bias_RD = self.down_bias.squeeze(1).index_select(0, experts_R)
+        bias_RD = _EachRow.apply(self.down_bias, layout.ends_E, num_rows)
         weights_R1 = layout.weights_R.to(bias_RD.dtype).unsqueeze(-1)
         return self.matmul(hidden_RF, self.down, layout) + bias_RD * weights_R1
 
@@ -76,6 +74,30 @@ def _matmul_per_group(x_RK: Tensor, weight_EKN: Tensor, ends_E: Tensor) -> Tenso
     groups = [x_RK[a:b] @ w for a, b, w in zip(starts, ends, weight_EKN.unbind(), strict=True)]
     unused = x_RK.shape[0] - ends[-1]
     return torch.cat([*groups, x_RK.new_zeros(unused, weight_EKN.shape[-1])])
+
+
+class _EachRow(torch.autograd.Function):
+    """The bias of each row's expert: [E, 1, N] -> [R, N]. Rows past the last group are nobody's:
+    they get the last expert's, and their gradient, which may be undefined, goes to none.
+
+    The backward pass sums in float32, in the order of the rows: that of `index_select` on CUDA adds
+    in bfloat16, in any order, and 1 added to 256 is lost.
+    """
+
+    @staticmethod
+    def forward(ctx, bias_E1N: Tensor, ends_E: Tensor, num_rows: int) -> Tensor:
+        ctx.save_for_backward(ends_E)
+        rows_R = torch.arange(num_rows, device=ends_E.device)
+        experts_R = torch.bucketize(rows_R, ends_E, right=True).clamp(max=len(ends_E) - 1)
+        return bias_E1N.squeeze(1).index_select(0, experts_R)
+
+    @staticmethod
+    def backward(ctx, grad_RN: Tensor) -> tuple[Tensor, None, None]:
+        (ends_E,) = ctx.saved_tensors
+        rows_R = torch.arange(len(grad_RN), device=ends_E.device, dtype=ends_E.dtype)
+        starts = F.pad(ends_E, (1, 0))  # a bag more than experts: nobody's rows
+        sums = F.embedding_bag(rows_R, grad_RN.contiguous(), starts, mode="sum")
+        return sums[:-1].unsqueeze(1), None, None
 
 
 class WeightedSwiGLU(torch.autograd.Function):
