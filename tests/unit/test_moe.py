@@ -221,6 +221,21 @@ def test_swiglu_gradient_is_exact():
         torch.autograd.grad(ours, (gate_up, weights), grad)
 
 
+def test_a_weight_in_bfloat16_is_one_rounding_of_four():
+    """A product is off by what four numbers lose that are each rounded to 8 bits, no more; in
+    float32 nothing is rounded to bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    gate_up = torch.randn(4096, 64, generator=generator).bfloat16()
+    weights = torch.rand(4096, generator=generator)
+    gate, up = gate_up.double().chunk(2, -1)
+    wanted = F.silu(gate) * up * weights.double().unsqueeze(-1)
+    for dtype, rounding in ((torch.bfloat16, 2.0**-8), (torch.float32, 2.0**-20)):
+        ours = WeightedSwiGLU.apply(gate_up.to(dtype), weights).double()
+        worst = ((ours - wanted) / wanted).abs().max()
+        assert worst <= (1 + rounding) ** 4 - 1
+    assert not torch.equal(weights.bfloat16().float(), weights)
+
+
 def test_an_experts_weights_depend_on_seed_name_and_expert_alone():
     small, large = MoE(WIDTH, HIDDEN, 3, TOP_K), MoE(WIDTH, HIDDEN, EXPERTS, TOP_K)
     init_weights(small, 7, std=0.1)

@@ -105,6 +105,12 @@ class WeightedSwiGLU(torch.autograd.Function):
 
     The gradient of `gate_up` takes its place: memory that is in cache and that nobody reads any
     more. So there is one backward pass; autograd refuses a second one.
+
+    Weights come, and their gradients leave, in float32; a factor is rounded to the dtype of the
+    rows, as every other number here is: one rounding of four. In bfloat16 on a CPU a float32 factor
+    would cost two fifths of the layer's time (PyTorch casts a copy of the rows), two bfloat16
+    factors that sum to it a sixth; the error of the layer's output would shrink from 0.48 to 0.46
+    percent.
     """
 
     @staticmethod
