@@ -82,6 +82,18 @@ def test_a_layer_is_timed_both_ways_and_not_what_is_computed_again(seconds, agai
     assert set(taken(layer).values()) == {0}  # it began anew
 
 
+def test_a_clock_that_nobody_reads_does_not_grow(seconds, monkeypatch):
+    monkeypatch.setattr(timing, "MOST_SPANS", 8)
+    layer = make_layer(seconds)
+    x = torch.randn(6, WIDTH, dtype=torch.float64, requires_grad=True)
+    for _ in range(20):
+        layer(x, some_tokens(6)).sum().backward()
+        assert len(layer.clock.layer.spans) < 8
+    found = taken(layer)
+    assert found["moe_ms"] == 20 * (2 + 3) * 1e3 and found["moe_calls"] == 20
+    assert taken(layer)["moe_ms"] == 0
+
+
 def test_the_time_of_a_block_whose_last_part_is_the_layer(seconds):
     """There the layer is the first to ask for what is computed again."""
     layer = make_layer(seconds)

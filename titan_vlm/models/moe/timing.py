@@ -33,17 +33,32 @@ Stamp = float | torch.cuda.Event
 COUNTS = ("moe_calls", "a2a_calls", "a2a_bytes", "pairs", "rows")
 
 
+# More than a step has, and so old that a device has long passed them.
+MOST_SPANS = 1024
+
+
 @dataclass
 class Laps:
-    """Times of one kind: calls that began, bytes they sent, begin and end of each way."""
+    """Times of one kind: calls that began, bytes they sent, begin and end of each way.
+
+    Where nobody resets a clock, the older half of `MOST_SPANS` becomes a sum, `older_ms`.
+    """
 
     spans: list[tuple[Stamp, Stamp]] = field(default_factory=list)
+    older_ms: float = 0.0
     calls: int = 0
     bytes: int = 0
 
+    def add(self, begin: Stamp, end: Stamp) -> None:
+        """A span that ends last."""
+        self.spans.append((begin, end))
+        if len(self.spans) >= MOST_SPANS:
+            older, self.spans = self.spans[: MOST_SPANS // 2], self.spans[MOST_SPANS // 2 :]
+            self.older_ms += _sum_ms(older)
+
     def ms(self) -> float:
         """Of all spans together. Waits for the device to have come to their ends."""
-        return sum(_ms_between(begin, end) for begin, end in self.spans)
+        return self.older_ms + _sum_ms(self.spans)
 
 
 class Clock:
@@ -143,7 +158,7 @@ class _Span:
         self.began = _now(self.device)
 
     def end(self) -> None:
-        self.laps.spans.append((self.began, _now(self.device)))
+        self.laps.add(self.began, _now(self.device))
 
     def count(self, sent: int | None) -> None:
         if sent is not None:
@@ -193,6 +208,10 @@ def _now(device: torch.device) -> Stamp:
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
+
+
+def _sum_ms(spans: list[tuple[Stamp, Stamp]]) -> float:
+    return sum(_ms_between(begin, end) for begin, end in spans)
 
 
 def _ms_between(begin: Stamp, end: Stamp) -> float:
