@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from tests.routing_cases import EXPERTS, TOP_K, best, hidden, router, tokens
 from titan_vlm.models.moe import noise
@@ -223,6 +224,32 @@ def test_noise_depends_on_the_sample_and_the_place_alone():
     half = both.part(8, 2, 1)
     assert torch.equal(noise.uniform(half, "layer", "site", 4), first[4:])
     assert torch.equal(noise.uniform(both, "layer", "site", 2), first[:, :2])
+
+
+def test_noise_is_drawn_in_blocks_and_does_not_depend_on_them(monkeypatch):
+    of = tokens_of([5, 0, 32], [11, 3, 22], None, Moment(seed=1, step=7))
+    whole = noise.uniform(of, "layer", "site", 48)
+    assert whole.shape == (37, 48)
+    for block in (1, 48, 48 * 10, 48 * 37):
+        monkeypatch.setattr(noise, "BLOCK", block)
+        assert torch.equal(noise.uniform(of, "layer", "site", 48), whole)
+    assert torch.equal(
+        noise.uniform(of, "layer", "site", 48, torch.float32), whole.to(torch.float32)
+    )
+
+
+def test_jitter_needs_little_more_memory_than_its_factors():
+    of = tokens_of([3000], [11])
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        factors = noise.jitter(of, "layer", 2048, 0.1, torch.float32)
+    held = most = 0
+    for event in trace.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    assert factors.min() >= 0.9 and factors.max() <= 1.1
+    assert factors.nbytes == 3000 * 2048 * 4
+    assert factors.nbytes < most < 3 * factors.nbytes
 
 
 @pytest.mark.parametrize(

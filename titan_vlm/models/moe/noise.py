@@ -12,20 +12,37 @@ from torch import Tensor
 
 from titan_vlm.models.moe.tokens import Tokens, name_key
 
+# Numbers that are hashed at a time: what lies between a token and its numbers is 32 bytes for each.
+BLOCK = 2**20
 
-def uniform(tokens: Tokens, layer: str, site: str, width: int) -> Tensor:
-    """[V, width] float64 numbers from the open interval (0, 1).
+
+def uniform(
+    tokens: Tokens, layer: str, site: str, width: int, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """[V, width] numbers from the open interval (0, 1), in blocks of tokens.
 
     Args:
         layer, site: name the layer, and the place within it that draws.
+        dtype: rounded to another than float64, the largest may be 1.
     """
     moment = tokens.moment
     stream = name_key(f"{moment.seed}/{moment.step}/{layer}/{site}")
     sample_V = _mix(tokens.keys_N ^ stream).index_select(0, tokens.sequence_V)
     token_V = _mix(sample_V + tokens.place_V * _GOLDEN)
     columns = torch.arange(width, device=token_V.device) * _GOLDEN
-    bits = _shift(_mix(token_V.unsqueeze(1) + columns), 12)
-    return bits.double() * 2.0**-52 + 2.0**-53  # with a bit more the largest would round to 1
+    draws = torch.empty(len(token_V), width, dtype=dtype, device=token_V.device)
+    rows = max(1, BLOCK // max(1, width))
+    for out, part_V in zip(draws.split(rows), token_V.split(rows), strict=True):
+        bits = _shift(_mix(part_V.unsqueeze(1) + columns), 12)
+        # With a bit more the largest would round to 1.
+        out.copy_(bits.double().mul_(2.0**-52).add_(2.0**-53))
+    return draws
+
+
+def jitter(tokens: Tokens, layer: str, width: int, eps: float, dtype: torch.dtype) -> Tensor:
+    """[V, width] factors from 1 - eps to 1 + eps."""
+    draws = uniform(tokens, layer, "jitter", width, dtype)
+    return draws.mul_(2 * eps).add_(1 - eps)
 
 
 def gumbel(tokens: Tokens, layer: str, site: str, width: int) -> Tensor:

@@ -108,8 +108,8 @@ class Router(nn.Module):
             x_VD = x_TD if len(tokens) == len(x_TD) else x_TD.index_select(0, tokens.index_V)
             x_VD = x_VD.to(torch.promote_types(x_TD.dtype, torch.float32))
             if self.training and self.config.noise == "jitter":
-                draws_VD = noise.uniform(tokens, self.name, "jitter", x_VD.shape[1])
-                x_VD = x_VD * (1 + self.config.noise_eps * (2 * draws_VD - 1)).to(x_VD.dtype)
+                eps = self.config.noise_eps
+                x_VD = x_VD * noise.jitter(tokens, self.name, x_VD.shape[1], eps, x_VD.dtype)
             logits_VE = F.linear(x_VD, self.weight.to(x_VD.dtype))
             chosen, load_E = self.choose(x_VD, logits_VE, tokens, counting)
             if self.training and self.config.losses:
