@@ -11,7 +11,7 @@ from tests.routing_cases import EXPERTS, TOP_K, best, hidden, router, tokens
 from titan_vlm.models.moe import noise
 from titan_vlm.models.moe.config import MoEConfig
 from titan_vlm.models.moe.router import Router
-from titan_vlm.models.moe.steering import BINS
+from titan_vlm.models.moe.steering import BINS, Thresholds
 from titan_vlm.models.moe.tokens import Moment, name_key, tokens_of
 
 CASE = "three documents and padding"
@@ -143,27 +143,55 @@ def test_quantiles_balance_hundreds_of_experts_whose_scores_hardly_differ(score)
 def test_thresholds_are_averages_of_what_the_share_of_tokens_passes(score):
     made = router(router="threshold", score=score, ema_decay=0.75)
     first = step(made)
-    place = torch.logit if score == "sigmoid" else torch.log
-    back = torch.sigmoid if score == "sigmoid" else torch.exp
+    place = (lambda s: math.log(s / (1 - s))) if score == "sigmoid" else math.log
+    back = (lambda x: 1 / (1 + math.exp(-x))) if score == "sigmoid" else math.exp
 
-    def wanted(scores_VE):
-        share = 1 - TOP_K / EXPERTS
-        columns = place(scores_VE).T.tolist()
-        return back(
-            torch.tensor(
-                [naive_quantile(x, share, -20.0, 40.0 / BINS) for x in columns],
-                dtype=torch.float64,
-            )
-        )
+    def wanted(scores_VE, before):
+        found = []
+        for column, threshold in zip(scores_VE.T.tolist(), before, strict=True):
+            middle = place(threshold)
+            away = [math.cbrt((place(s) - middle) / 40) for s in column]
+            away = naive_quantile(away, 1 - TOP_K / EXPERTS, -1.0, 2 / BINS)
+            found.append(back(middle + 40 * away**3))
+        return found
 
-    torch.testing.assert_close(made.steering.threshold_E, wanted(first), rtol=1e-9, atol=0)
-    second = step(made, "ties")
-    torch.testing.assert_close(
-        made.steering.threshold_E,
-        0.75 * wanted(first) + 0.25 * wanted(second),
-        rtol=1e-9,
-        atol=0,
-    )
+    even = [0.5 if score == "sigmoid" else 1 / EXPERTS] * EXPERTS
+    one = wanted(first, even)
+    assert made.steering.threshold_E.tolist() == pytest.approx(one, rel=1e-9, abs=0)
+    two = wanted(step(made, "ties"), one)
+    both = [0.75 * a + 0.25 * b for a, b in zip(one, two, strict=True)]
+    assert made.steering.threshold_E.tolist() == pytest.approx(both, rel=1e-9, abs=0)
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_thresholds_of_a_gate_that_hardly_prefers_are_exact_quantiles(score):
+    """256 experts whose scores differ by thousandths, around a level of each expert's own."""
+    generator = torch.Generator().manual_seed(0)
+    made = Thresholds(256, 8, 0.0, score == "sigmoid")
+    levels_E = 0.003 * torch.randn(256, generator=generator, dtype=torch.float64)
+    logits_VE = 0.001 * torch.randn(4096, 256, generator=generator, dtype=torch.float64) + levels_E
+    scores_VE = logits_VE.sigmoid() if score == "sigmoid" else logits_VE.softmax(-1)
+    for _ in range(2):  # the second one begins where the first one came to
+        made.look(scores_VE)
+        made.update(made.pending.clone())
+        made.pending.zero_()
+    exact_E = scores_VE.quantile(1 - 8 / 256, dim=0)
+    spread_E = scores_VE.std(0)
+    assert ((made.threshold_E - exact_E).abs() / spread_E).max() < 0.02
+    passed_E = (scores_VE > made.threshold_E).sum(0) / 4096
+    assert passed_E.sub(8 / 256).abs().max() < 0.05 * 8 / 256
+
+
+@pytest.mark.parametrize("score", [0.0, 1.0])
+def test_thresholds_stay_finite_where_scores_are_0_or_1(score):
+    for sigmoid in (True, False):
+        made = Thresholds(4, 2, 0.0, sigmoid)
+        for _ in range(30):
+            made.look(torch.full((5, 4), score))
+            made.update(made.pending.clone())
+            made.pending.zero_()
+            assert made.threshold_E.isfinite().all()
+        assert (made.threshold_E - score).abs().max() < 1e-3
 
 
 def test_expert_choice_keeps_averages_of_load_and_importance():

@@ -117,11 +117,15 @@ class Thresholds(Steering):
 
     A threshold is the moving average over steps of the score that K/E of the step's tokens pass, so
     that a token has K experts on average. Before the first step there are none, and tokens choose
-    their top-k. Histograms are over the logarithm of the score (softmax) or over the logit
-    (sigmoid), from -20 to 20: scores may differ by orders of magnitude.
+    their top-k.
+
+    A score's place is its logarithm (softmax) or its logit (sigmoid), from -20 to 20: scores may
+    differ by orders of magnitude. Histograms are over how far that is from the threshold's place,
+    at first from that of even scores; bins are even in the distance's cube root, so that they are
+    the finer the closer they are: scores of a gate that hardly prefers differ by thousandths.
     """
 
-    LOW, WIDTH = -20.0, 40.0 / BINS
+    LOW, WIDTH, MOST = -1.0, 2.0 / BINS, 40.0
 
     def __init__(self, num_experts: int, top_k: int, decay: float, sigmoid: bool):
         super().__init__(
@@ -136,11 +140,20 @@ class Thresholds(Steering):
         return torch.where(self.steps > 0, scores_VE > self.threshold_E.to(scores_VE.dtype), first)
 
     def look(self, scores_VE: Tensor) -> None:
-        places_VE = scores_VE.logit() if self.sigmoid else scores_VE.log()
-        self.pending += histogram(places_VE, self.LOW, self.WIDTH)
+        away_VE = (self._place(scores_VE.double()) - self._middle()) / self.MOST
+        self.pending += histogram(away_VE.sign() * away_VE.abs() ** (1 / 3), self.LOW, self.WIDTH)
+
+    def _place(self, scores: Tensor) -> Tensor:
+        return scores.logit() if self.sigmoid else scores.log()
+
+    def _middle(self) -> Tensor:
+        even = 0.5 if self.sigmoid else 1 / len(self.threshold_E)
+        scores_E = torch.where(self.steps > 0, self.threshold_E, even)
+        return self._place(scores_E).clamp(-self.MOST / 2, self.MOST / 2)
 
     def update(self, total: Tensor) -> None:
-        place_E = quantile(total.view(-1, BINS), 1 - self.share, self.LOW, self.WIDTH)
+        away_E = quantile(total.view(-1, BINS), 1 - self.share, self.LOW, self.WIDTH)
+        place_E = self._middle() + self.MOST * away_E**3
         new_E = place_E.sigmoid() if self.sigmoid else place_E.exp()
         keep = torch.where(self.steps > 0, self.decay, 0.0)
         new_E = keep * self.threshold_E + (1 - keep) * new_E
