@@ -11,7 +11,7 @@ from tests.routing_cases import EXPERTS, TOP_K, best, hidden, router, tokens
 from titan_vlm.models.moe import noise
 from titan_vlm.models.moe.config import MoEConfig
 from titan_vlm.models.moe.router import Router
-from titan_vlm.models.moe.steering import BINS, Thresholds
+from titan_vlm.models.moe.steering import BINS, QuantileBias, Thresholds
 from titan_vlm.models.moe.tokens import Moment, name_key, tokens_of
 
 CASE = "three documents and padding"
@@ -87,6 +87,72 @@ def test_quantile_balancing_sets_the_bias_to_where_the_step_would_have_been_bala
         wanted = [b - sum(wanted) / EXPERTS for b in wanted]
         step(made)
         assert made.steering.bias_E.tolist() == pytest.approx(wanted, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("experts", "groups", "chosen_groups"),
+    [(12, 3, 2), (12, 4, 2), (12, 4, 3), (12, 6, 3), (12, 12, 5), (12, 4, 4), (12, 4, 1)],
+)
+def test_quantile_balancing_asks_for_what_takes_a_token_through_the_groups(
+    experts, groups, chosen_groups
+):
+    top_k, size = 3, experts // groups
+    generator = torch.Generator().manual_seed(groups)
+    scores_VE = torch.randn(40, experts, dtype=torch.float64, generator=generator).sigmoid()
+    scores_VE += torch.linspace(0, 0.3, experts).double()
+    made = QuantileBias(experts, top_k, groups, chosen_groups)
+    made.bias_E.copy_(0.1 * torch.randn(experts, generator=generator))
+    bias = made.bias_E.tolist()
+    most = 1 + max(bias) - min(bias)
+
+    def value(row, g):
+        return sum(sorted(row[g * size : (g + 1) * size])[-2:])
+
+    def enters(row, e, shift):
+        """Whether expert e's group is chosen, were its scores so much higher."""
+        row = [s + shift if i // size == e // size else s for i, s in enumerate(row)]
+        values = [value(row, g) for g in range(groups)]
+        return e // size in best(values, chosen_groups)
+
+    asked = [[] for _ in range(experts)]
+    for scores in scores_VE.tolist():
+        row = [s + b for s, b in zip(scores, bias, strict=True)]
+        inside = best([value(row, g) for g in range(groups)], chosen_groups)
+        selectable = sorted((s for e, s in enumerate(row) if e // size in inside), reverse=True)
+        rival = selectable[min(top_k, len(selectable) - 1)]
+        chosen = [e for e, s in enumerate(row) if e // size in inside and s > rival]
+        for e in range(experts):
+            low, high = -10.0, 10.0
+            for _ in range(60):  # bisect
+                middle = (low + high) / 2
+                low, high = (low, middle) if enters(row, e, middle) else (middle, high)
+            asked[e].append(max(rival - row[e], high))
+            assert (e in chosen) == (asked[e][-1] < 0) or abs(asked[e][-1]) < 1e-12
+    places = [[math.cbrt(x / most) for x in column] for column in asked]
+    places = [naive_quantile(x, top_k / experts, -1.0, 2 / BINS) for x in places]
+    wanted = [b + most * u**3 for b, u in zip(bias, places, strict=True)]
+    wanted = [b - sum(wanted) / experts for b in wanted]
+    made.look(scores_VE)
+    made.update(made.pending)
+    assert made.bias_E.tolist() == pytest.approx(wanted, abs=1e-9)
+
+
+@pytest.mark.parametrize("chosen_groups", [4, 2, 1])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_quantiles_balance_experts_in_groups_of_unequal_luck(score, chosen_groups):
+    generator = torch.Generator().manual_seed(0)
+    groups = {"n_groups": 8, "topk_groups": chosen_groups}
+    made = Router(64, 64, 4, MoEConfig(score=score, bias_update="quantile", **groups))
+    with torch.no_grad():
+        made.weight.copy_(torch.eye(64))  # a token is its logits
+    x_TD = torch.randn(2048, 64, generator=generator)
+    x_TD += 0.3 * torch.randn(8, generator=generator).repeat_interleave(8)
+    for _ in range(20):
+        made.load_E.zero_()
+        made(x_TD, tokens_of([2048]))
+        made.steering.update(made.steering.pending.clone())
+        made.steering.pending.zero_()
+    assert made.load_E.max() / made.load_E.double().mean() < 1.1
 
 
 def skewed(**settings):

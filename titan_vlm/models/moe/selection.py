@@ -5,6 +5,7 @@ mask [V, E]. `V` tokens that are no padding, `E` experts, `G` groups, `P` pairs,
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from titan_vlm.models.moe.peers import Alone
@@ -20,11 +21,29 @@ def best_groups(scores_VE: Tensor, num_groups: int, chosen_groups: int) -> Tenso
     2.1.2). Not 0 for the others: a biased score may be negative, and 0 would win.
     """
     scores_VGe = scores_VE.unflatten(-1, (num_groups, -1))
-    best = min(2, scores_VGe.shape[-1])
-    groups_VG = scores_VGe.topk(best, dim=-1).values.sum(-1)
+    groups_VG, _ = _group_values(scores_VE, num_groups)
     chosen = groups_VG.topk(chosen_groups, dim=-1).indices
     inside_VG = torch.zeros_like(groups_VG, dtype=torch.bool).scatter_(-1, chosen, True)
     return scores_VGe.masked_fill(~inside_VG.unsqueeze(-1), -torch.inf).flatten(-2)
+
+
+def shift_to_enter(scores_VE: Tensor, num_groups: int, chosen_groups: int) -> Tensor:
+    """[V, E] how far the scores of an expert's whole group must rise for it to be among the best by
+    `best_groups`; below 0: how far they may fall."""
+    groups_VG, counted = _group_values(scores_VE, num_groups)
+    # What a group must beat: the last of the chosen ones among the others.
+    best_VC = F.pad(groups_VG, (0, 1), value=-torch.inf).topk(chosen_groups + 1, dim=-1).values
+    last_in, first_out = best_VC[:, -2:-1], best_VC[:, -1:]
+    rival_VG = torch.where(groups_VG >= last_in, first_out, last_in)
+    shift_VG = (rival_VG - groups_VG) / counted
+    return shift_VG.repeat_interleave(scores_VE.shape[1] // num_groups, dim=1)
+
+
+def _group_values(scores_VE: Tensor, num_groups: int) -> tuple[Tensor, int]:
+    """[V, G], each the sum of the best experts of a group; and of how many."""
+    scores_VGe = scores_VE.unflatten(-1, (num_groups, -1))
+    counted = min(2, scores_VGe.shape[-1])
+    return scores_VGe.topk(counted, dim=-1).values.sum(-1), counted
 
 
 def taking_turns(tokens: Tokens, num_experts: int, top_k: int) -> Tensor:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from titan_vlm.models.moe import selection
 from titan_vlm.models.moe.config import MoEConfig
 from titan_vlm.models.moe.routing import count
 
@@ -51,7 +52,7 @@ def make_steering(config: MoEConfig, num_experts: int, top_k: int) -> Steering |
     if config.bias_update == "sign":
         return SignBias(num_experts, config.bias_speed, config.bias_centred)
     if config.bias_update == "quantile":
-        return QuantileBias(num_experts, top_k)
+        return QuantileBias(num_experts, top_k, config.n_groups, config.topk_groups)
     if config.router == "threshold":
         return Thresholds(num_experts, top_k, config.ema_decay, config.score == "sigmoid")
     if config.router == "expert_choice":
@@ -88,18 +89,28 @@ class QuantileBias(Steering):
     bias - min bias); bins are even in its cube root, so that they are the finer the less there is
     to change: scores of a softmax over hundreds of experts differ by thousandths.
     (Quantile balancing of Megatron-Core and of the Kimi K3 report, appendix D.)
+
+    With groups a_v is the (K+1)-th best of the experts in v's best groups, and what v asks beyond
+    e's bias is at least what would take e's group among them, were it added to the group's experts
+    all alike (`shift_to_enter`): they move together. If each asked for what would do alone, groups
+    would change places for ever; if for none of it, a group that is seldom chosen would stay so.
     """
 
     LOW, WIDTH = -1.0, 2.0 / BINS
 
-    def __init__(self, num_experts: int, top_k: int):
+    def __init__(self, num_experts: int, top_k: int, n_groups: int = 1, topk_groups: int = 1):
         super().__init__(num_experts * BINS, bias_E=torch.zeros(num_experts))
-        self.share, self.top_k = top_k / num_experts, top_k
+        self.share, self.groups = top_k / num_experts, (n_groups, topk_groups)
+        self.next = min(top_k + 1, num_experts // n_groups * topk_groups)
 
     def look(self, scores_VE: Tensor) -> None:
         by_VE = scores_VE + self.bias_E.to(scores_VE.dtype)
-        next_V1 = by_VE.topk(min(self.top_k + 1, by_VE.shape[1]), dim=-1).values[:, -1:]
-        asked_VE = (next_V1 - by_VE).double() / self._most()
+        inside_VE = selection.best_groups(by_VE, *self.groups) if self.groups[0] > 1 else by_VE
+        next_V1 = inside_VE.topk(self.next, dim=-1).values[:, -1:]
+        asked_VE = next_V1 - by_VE
+        if self.groups[0] > 1:
+            asked_VE = asked_VE.maximum(selection.shift_to_enter(by_VE, *self.groups))
+        asked_VE = asked_VE.double() / self._most()
         self.pending += histogram(asked_VE.sign() * asked_VE.abs() ** (1 / 3), self.LOW, self.WIDTH)
 
     def _most(self) -> Tensor:
