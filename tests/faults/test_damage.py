@@ -203,6 +203,14 @@ def test_every_nth_is_kept_and_never_the_one_resumed_from_is_pruned(tmp_path):
     assert run.checkpointer.steps() == [6, 8]
 
 
+def test_what_a_killed_process_left_is_cleared_away(tmp_path):
+    trained(tmp_path)
+    for name in ("step-000001.old", "step-000003.tmp"):
+        shutil.copytree(tmp_path / "step-000001", tmp_path / name)
+    assert Run(tmp_path).resume() == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000001", "step-000002"]
+
+
 # ---------------------------------------------------------------------------- while saving
 
 

@@ -296,6 +296,7 @@ class Checkpointer:
             ConfigError: the step asked for is not there; or all there were are damaged; or there
                 are some where none may be.
         """
+        self._together(self.storage.clear)
         steps, resume = self._together(self.steps), self.config.resume
         if resume == "none" and steps:
             raise ConfigError(

@@ -1,6 +1,7 @@
 """Files of one JSON object per line and report, which a resumed run goes on with."""
 
 import json
+import os
 from pathlib import Path
 from typing import TextIO
 
@@ -15,5 +16,8 @@ def open_until(path: Path, last_step: int) -> TextIO:
                     kept.append(line)
             except ValueError:  # the process died while writing it
                 break
-    path.write_text("".join(f"{line}\n" for line in kept))
+    # Beside it first: a process that dies here must not leave less than it found.
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text("".join(f"{line}\n" for line in kept))
+    os.replace(beside, path)
     return path.open("a")

@@ -111,6 +111,12 @@ class Storage(FileSystemBase):
                 os.rename(self.path(name), doomed)
             shutil.rmtree(doomed)
 
+    def clear(self) -> None:
+        """Remove what a killed process was writing or removing."""
+        for name in self.names() if self.is_local else ():
+            if name.endswith((".tmp", ".old")):
+                shutil.rmtree(self.path(name), ignore_errors=True)
+
     def set_aside(self, name: str, why: str) -> str:
         """Keep `name` where nobody takes it for a checkpoint; returns its new name."""
         taken, number = set(self.names()), 1
