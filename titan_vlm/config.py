@@ -57,7 +57,9 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Data:
+class Samples:
+    """One source of samples."""
+
     source: Literal["digits", "llava", "openai", "webdataset", "hf"] = setting(
         "digits",
         "Where samples come from: digits (embedded demo), llava or openai (JSONL), webdataset (tar "
@@ -72,18 +74,57 @@ class Data:
     image_root: str = setting(
         "", "Directory that relative image paths start from. Empty: the directory of the data file."
     )
-    tokenizer: str = setting(
-        "", "Hugging Face tokenizer directory with a chat template. Empty: the demo tokenizer."
-    )
     image_column: str = setting("image", "Column with the image or list of images (source hf).")
     text_column: str = setting("text", "Column with the caption (source hf without messages).")
     messages_column: str = setting(
         "",
-        "Column with messages in OpenAI form (source hf). Empty: data.caption_prompt is asked and "
-        "data.text_column answers.",
+        "Column with messages in OpenAI form (source hf). Empty: caption_prompt is asked and "
+        "text_column answers.",
     )
     caption_prompt: str = setting(
         "Describe the image.", "The user's words where a sample is an image and a caption."
+    )
+
+
+@dataclass(frozen=True)
+class Source(Samples):
+    """One of several sources that are mixed."""
+
+    name: str = setting("", "What metrics, logs and the ledger call the source.")
+    weight: float = setting(
+        0.0,
+        "Its share of the mixture, relative to the others'. With a weight on none, the number of "
+        "samples decides (data.mixture_temperature).",
+        at_least=0,
+    )
+    epochs: int = setting(
+        0,
+        "Times that the source is read before the others go on without it; 0: for ever.",
+        at_least=0,
+    )
+
+
+@dataclass(frozen=True)
+class Data(Samples):
+    sources: list[Source] = setting(
+        [],
+        "Sources to mix, each a table [[data.sources]] with keys of its own; data.source and its "
+        "keys then say how the held-out data of eval.path are read.",
+    )
+    mixture_by: Literal["samples", "tokens"] = setting(
+        "samples", "With data.sources: what their weights are shares of."
+    )
+    mixture_temperature: float = setting(
+        1.0,
+        "With data.sources that have no weights: their shares go as samples ^ (1 / this); 1 takes "
+        "them as large as they are, more evens them out.",
+        above=0,
+    )
+    ledger: bool = setting(
+        False, "Write the ids of the samples of every step into output_dir/ledger."
+    )
+    tokenizer: str = setting(
+        "", "Hugging Face tokenizer directory with a chat template. Empty: the demo tokenizer."
     )
     virtual_shards: int = setting(
         16,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from titan_vlm.models.moe.config import conflicts as moe_conflicts
 
 if TYPE_CHECKING:
-    from titan_vlm.config import Config
+    from titan_vlm.config import Config, Data, Eval, Samples
 
 
 def conflicts(config: "Config") -> Iterator[str]:
@@ -22,11 +22,7 @@ def conflicts(config: "Config") -> Iterator[str]:
             f'got flavor = "{model.flavor}" and hf_path = "{model.hf_path}"'
         )
 
-    if (data.source == "digits") == bool(data.path):
-        yield (
-            f"data.path: expected {'none' if data.path else 'a file, directory or glob'} for "
-            f'source = "{data.source}", got "{data.path}"'
-        )
+    yield from (mixture_conflicts if data.sources else one_source_conflicts)(data)
     for low, high in (("min_pixels", "max_pixels"), ("video_min_pixels", "video_max_pixels")):
         least, most = getattr(data, low), getattr(data, high)
         if least > most:
@@ -86,7 +82,59 @@ def conflicts(config: "Config") -> Iterator[str]:
             f"({training.steps - schedule.warmup_steps}), got {schedule.decay_steps}"
         )
 
+    yield from held_out_conflicts(data, evaluation)
+
+
+def one_source_conflicts(data: "Data") -> Iterator[str]:
+    yield from path_conflicts("data", data)
+    without = "without [[data.sources]]"
+    if data.mixture_by != "samples":
+        yield f'data.mixture_by: expected "samples" {without}, got "{data.mixture_by}"'
+    if data.mixture_temperature != 1:
+        yield f"data.mixture_temperature: expected 1 {without}, got {data.mixture_temperature}"
+
+
+def mixture_conflicts(data: "Data") -> Iterator[str]:
+    for key in ("path", "split"):
+        value, default = getattr(data, key), getattr(type(data)(), key)
+        if value != default:
+            yield (
+                f"data.{key}: expected none beside [[data.sources]], whose tables have their own, "
+                f'got "{value}"'
+            )
+    names = [table.name for table in data.sources]
+    weighted = [table for table in data.sources if table.weight]
+    for k, table in enumerate(data.sources):
+        key = f"data.sources[{k}]"
+        if not table.name or table.name in names[:k]:
+            other = "" if table.name else "; metrics and the ledger call the source by it"
+            yield f'{key}.name: expected a name of its own, got "{table.name}"{other}'
+        yield from path_conflicts(key, table)
+        if weighted and not table.weight:
+            yield (
+                f'{key}.weight: expected a number > 0, as "{weighted[0].name}" has one, or a '
+                "weight on no source; got none"
+            )
+    if weighted and data.mixture_temperature != 1:
+        yield (
+            "data.mixture_temperature: expected 1 where data.sources have weights, got "
+            f"{data.mixture_temperature}; it makes weights of numbers of samples"
+        )
+
+
+def path_conflicts(key: str, samples: "Samples") -> Iterator[str]:
+    if (samples.source == "digits") == bool(samples.path):
+        yield (
+            f"{key}.path: expected {'none' if samples.path else 'a file, directory or glob'} for "
+            f'source = "{samples.source}", got "{samples.path}"'
+        )
+
+
+def held_out_conflicts(data: "Data", evaluation: "Eval") -> Iterator[str]:
     has_splits = data.source in ("digits", "hf")
+    if data.sources:
+        yield from mixed_held_out_conflicts(data, evaluation)
+        return
     is_same = is_same_data(evaluation.path, data.path)
     if data.source == "digits" and evaluation.path:
         yield f'eval.path: expected none for source = "digits", got "{evaluation.path}"'
@@ -105,6 +153,43 @@ def conflicts(config: "Config") -> Iterator[str]:
             f'eval.split: expected another split than data.split ("{data.split}"): '
             "validation on samples trained on measures nothing"
         )
+
+
+def mixed_held_out_conflicts(data: "Data", evaluation: "Eval") -> Iterator[str]:
+    """Beside a mixture, data.source and eval.path name the held-out data."""
+    if data.source == "digits" and evaluation.path:
+        yield (
+            "data.source: expected the format of eval.path, as [[data.sources]] may have several, "
+            'got "digits"'
+        )
+    if evaluation.every and not evaluation.path and not holds_out_digits(data):
+        yield (
+            "eval.path: expected held-out data in the format of data.source, because eval.every is "
+            f"{evaluation.every} and [[data.sources]] hold none out; or set eval.every = 0"
+        )
+    if not evaluation.path and data.source != "digits":
+        yield (
+            "data.source: expected none beside [[data.sources]] without eval.path, which nothing "
+            f'else reads, got "{data.source}"'
+        )
+    for k, table in enumerate(data.sources):
+        same = table.source == data.source
+        if table.source == "digits":
+            same = same and holds_out_digits(data) and evaluation.split == table.split
+        else:
+            same = same and bool(evaluation.path) and is_same_data(evaluation.path, table.path)
+            same = same and (table.source != "hf" or evaluation.split == table.split)
+        if same:
+            yield (
+                f"eval.{'split' if table.source == 'digits' else 'path'}: expected other data than "
+                f"data.sources[{k}]: validation on samples trained on measures nothing"
+            )
+
+
+def holds_out_digits(data: "Data") -> bool:
+    """Whether the demo is trained on, whose held-out split is always there."""
+    kinds = {table.source for table in data.sources} or {data.source}
+    return data.source == "digits" and "digits" in kinds
 
 
 def is_same_data(eval_path: str, data_path: str) -> bool:

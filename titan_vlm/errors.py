@@ -19,6 +19,10 @@ class DataError(_OneLine):
     """Data that cannot be used: a missing file, an unreadable sample, too many bad ones."""
 
 
+class DataEnded(DataError):
+    """Every source has been read as often as it may be."""
+
+
 class NumericsError(_OneLine):
     """Numbers that are not finite any more, so that training on would destroy the weights."""
 

@@ -1,9 +1,11 @@
 """Settings: a tree of frozen dataclasses, declared once and then read, overridden and shown.
 
 A section is a frozen dataclass; each of its fields is declared with `setting(default, text, ...)`,
-a section inside a section by its type alone. From that one declaration come the check of a TOML
-table (`build`), the typed command line (`pairs`, `override`) and the help (`help_lines`). This file
-knows nothing about training; `config.py` declares the tree.
+a section inside a section by its type alone, and one that may stand there many times as a setting
+whose type is a list of a dataclass ([[data.sources]] in TOML, data.sources[0].weight in a message
+and on the command line). From that one declaration come the check of a TOML table (`build`), the
+typed command line (`pairs`, `override`) and the help (`help_lines`). This file knows nothing about
+training; `config.py` declares the tree.
 
 Types: bool, int, float, str, Literal of strings, list of those, dict from name to one of those.
 An int is taken where a float is wanted; a bool is never an int; NaN and infinity are refused.
@@ -12,6 +14,7 @@ An int is taken where a float is wanted; a bool is never an int; NaN and infinit
 import copy
 import json
 import math
+import re
 import textwrap
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +24,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from titan_vlm.errors import ConfigError
 
+ANY = "[n]"  # stands for the number of any table of a list
+_NUMBER = re.compile(r"\[[0-9]+\]")
 MAX_INT = 2**63 - 1  # what every reader of TOML takes; tomllib knows no limit
 
 
@@ -58,7 +63,7 @@ def _build(cls: type, table: dict[str, Any], where: str, prefix: str, root: type
             raise _unknown(root, key, where, is_table=isinstance(value, dict))
         kind = known[name].type
         if not is_dataclass(kind):
-            values[name] = _checked(value, known[name], key, where)
+            values[name] = _checked(value, known[name], key, where, root)
         elif isinstance(value, dict):
             values[name] = _build(kind, value, where, f"{key}.", root)
         else:
@@ -86,26 +91,50 @@ def pairs(words: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def override(tree: Any, key: str, text: str, where: str) -> Any:
-    """The tree with `section.key` set to what the word `text` means for the type of that field."""
+    """The tree with `section.key` set to what the word `text` means for the type of that field.
+
+    `section.tables[1].key` is of the second of tables that are there already.
+    """
     known = dict(leaves(type(tree)))
-    if key not in known:
+    f = known.get(_NUMBER.sub(ANY, key)) if ANY not in key else None
+    if f is None:
         raise _unknown(type(tree), key, where)
-    value = _checked(_parse(text, known[key].type), known[key], key, where)
-    return _replaced(tree, key.split("."), value)
+    value = _checked(_parse(text, f.type), f, key, where, type(tree))
+    try:
+        return _replaced(tree, key.split("."), value)
+    except IndexError as error:
+        raise ConfigError(f"{where}: {key}: {error}") from error
 
 
 def _replaced(tree: Any, path: list[str], value: Any) -> Any:
     name, *rest = path
-    return replace(tree, **{name: _replaced(getattr(tree, name), rest, value) if rest else value})
+    name, _, number = name.rstrip("]").partition("[")
+    old = getattr(tree, name)
+    if not number:
+        return replace(tree, **{name: _replaced(old, rest, value) if rest else value})
+    tables, place = list(old), int(number)
+    if place >= len(tables):
+        raise IndexError(f"expected the number of one of {len(tables)} table(s), counted from 0")
+    tables[place] = _replaced(tables[place], rest, value)
+    return replace(tree, **{name: tables})
 
 
 def leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, Field]]:
-    """Every (dotted key, field) of the tree, in the order of declaration."""
+    """Every (dotted key, field) of the tree, in the order of declaration; the keys of tables in a
+    list come after the list, with [n] for their number."""
     for f in fields(cls):
         if is_dataclass(f.type):
             yield from leaves(f.type, f"{prefix}{f.name}.")
         else:
             yield prefix + f.name, f
+            if table := _table(f.type):
+                yield from leaves(table, f"{prefix}{f.name}{ANY}.")
+
+
+def _table(kind: Any) -> type | None:
+    """The dataclass of a list of tables."""
+    item = get_args(kind)[0] if get_origin(kind) is list else None
+    return item if is_dataclass(item) else None
 
 
 def help_lines(cls: type) -> Iterator[str]:
@@ -122,7 +151,9 @@ def help_lines(cls: type) -> Iterator[str]:
         )
 
 
-def _checked(value: Any, f: Field, key: str, where: str) -> Any:
+def _checked(value: Any, f: Field, key: str, where: str, root: type) -> Any:
+    if table := _table(f.type):
+        return _tables(value, table, key, where, root)
     try:
         converted = _convert(value, f.type, f.metadata["bounds"])
     except _Unfit:
@@ -131,6 +162,15 @@ def _checked(value: Any, f: Field, key: str, where: str) -> Any:
     if converted is None or (length is not None and len(converted) != length):
         raise ConfigError(f"{where}: {key}: expected {_describe(f)}, got {_show(value)}")
     return converted
+
+
+def _tables(value: Any, cls: type, key: str, where: str, root: type) -> list:
+    if not isinstance(value, list):
+        raise ConfigError(f"{where}: {key}: expected tables [[{key}]], got {_show(value)}")
+    for k, item in enumerate(value):
+        if not isinstance(item, dict):
+            raise ConfigError(f"{where}: {key}[{k}]: expected a table, got {_show(item)}")
+    return [_build(cls, item, where, f"{key}[{k}].", root) for k, item in enumerate(value)]
 
 
 class _Unfit(Exception):
@@ -205,7 +245,9 @@ def _describe(f: Field) -> str:
     bounds = " and ".join(f"{sign} {bound}" for sign, bound in f.metadata["bounds"].items())
     count = f"{f.metadata['length']} x " if f.metadata["length"] else ""
     origin = get_origin(f.type)
-    if origin is list:
+    if _table(f.type):
+        words = "list of tables"
+    elif origin is list:
         words = f"list of {count}{_name(get_args(f.type)[0])}"
     elif origin is dict:
         words = f"table of name = {_name(get_args(f.type)[1])}"
@@ -232,7 +274,9 @@ def _show(value: Any) -> str:
 def _unknown(root: type, key: str, where: str, is_table: bool = False) -> ConfigError:
     if not is_table:
         known = [name for name, _ in leaves(root)]
-        return ConfigError(f"{where}: {key}: unknown key; nearest known: {_nearest(key, known)}")
+        number = _NUMBER.search(key)
+        nearest = _nearest(_NUMBER.sub(ANY, key), known).replace(ANY, number[0] if number else ANY)
+        return ConfigError(f"{where}: {key}: unknown key; nearest known: {nearest}")
     sections = set(_sections(root))
     # A key may hold a table, too, but none does outside of a section.
     tables = [name for name, f in leaves(root) if get_origin(f.type) is dict and "." in key]

@@ -24,16 +24,17 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from titan_vlm import distributed
 from titan_vlm.assembly import Parts, assemble, export
 from titan_vlm.config import Config, config_from_args, config_to_toml
-from titan_vlm.conflicts import is_same_data
+from titan_vlm.conflicts import holds_out_digits, is_same_data
 from titan_vlm.data.chat import Encoder
+from titan_vlm.data.ledger import Ledger
 from titan_vlm.data.loader import MAX_REASONS, RowLoader, build_loader, merge_states
 from titan_vlm.data.packing import Counts
 from titan_vlm.data.rows import collate
 from titan_vlm.data.sources.hf import has_split
-from titan_vlm.errors import CheckpointError, ConfigError, DataError, NumericsError
+from titan_vlm.errors import CheckpointError, ConfigError, DataEnded, DataError, NumericsError
 from titan_vlm.evaluation.validate import Result, Validator
 from titan_vlm.hang import Watch
-from titan_vlm.mesh import Mesh, build_mesh, size
+from titan_vlm.mesh import Mesh, build_mesh, rank, size
 from titan_vlm.models.init import init_weights
 from titan_vlm.models.inputs import Batch
 from titan_vlm.models.layers.head import Head
@@ -43,6 +44,7 @@ from titan_vlm.parallel.local import tie, tied_parameters
 from titan_vlm.parallel.pipeline import Pipeline
 from titan_vlm.parallelize import make_plan, parallelize
 from titan_vlm.training import routing
+from titan_vlm.training.by_source import BySource
 from titan_vlm.training.checkpoint import Checkpointer
 from titan_vlm.training.loss import chunked_cross_entropy
 from titan_vlm.training.metrics import MetricsLogger
@@ -93,7 +95,12 @@ def train(config: Config, watch: Watch) -> None:
         logger.info("this run is finished: step %d of %d", run.step, config.training.steps)
     while run.step < config.training.steps:
         watch.step = run.step + 1
-        train_step(run, metrics)
+        try:
+            train_step(run, metrics)
+        except DataEnded:  # on every rank, before anything was changed
+            save(run)
+            run.checkpointer.wait()
+            raise
         last = run.step == config.training.steps
         if validator and (last or due(run.step, config.eval.every)):
             validate(run, validator, metrics)
@@ -102,6 +109,8 @@ def train(config: Config, watch: Watch) -> None:
                 save(run, must=last)
     run.checkpointer.close()
     run.loader.close()
+    if run.ledger:
+        run.ledger.close()
     metrics.close()
     export_hf(run)
 
@@ -146,8 +155,11 @@ def prepare(config: Config) -> "Run":
         mesh,
         pipeline,
         routing.all_layers(whole),
+        BySource(loader.rows.mixture.names, device),
     )
     resume(run, resume_from)
+    if config.data.ledger and rank(mesh.pp) == rank(mesh.tp) == 0:  # of those with the same rows
+        run.ledger = Ledger(output, reader, readers, run.step)
     place_experts(run)
     write_config(output, config)  # last: a run that is refused must not change the one it met
     return run
@@ -168,6 +180,8 @@ class Run:
     mesh: Mesh
     pipeline: Pipeline | None  # then `model` has this rank's stages
     moe_layers: routing.Layers
+    sources: BySource
+    ledger: Ledger | None = None
     step: int = 0
     # Samples left out since the run began, by reason.
     skipped: dict[str, int] = field(default_factory=lambda: {"bad": 0, "dropped": 0, "cut": 0})
@@ -205,11 +219,14 @@ def train_step(run: Run, metrics: MetricsLogger) -> None:
     if due(run.step, run.config.parallelism.eplb_interval):
         loads = routing.loads_to_place(run.model, run.mesh)
         placement.rebalance(run.model, run.optimizer, run.mesh, loads)
+    if run.ledger:
+        run.ledger.write(run.step, rows)
     report_step(run, metrics, counts, loss, norm, rates)
 
 
 def global_counts(run: Run, batches: list[Batch]) -> dict[str, float]:
-    """What the global batch holds, summed over the ranks on the host; updates `run.skipped`."""
+    """What the global batch holds, summed over the ranks on the host; updates `run.skipped` and
+    `run.sources`."""
     spec, dims = run.parts.spec, run.parts.dims
     counts = {
         "targets": sum(int(b.num_targets) for b in batches),
@@ -219,12 +236,16 @@ def global_counts(run: Run, batches: list[Batch]) -> dict[str, float]:
         "images": sum(b.num_images for b in batches),
         "flops": sum(spec.flops(dims, b.sample_lens, b.grids) for b in batches),
     }
-    so_far = run.loader.counts.as_list()
-    values = torch.tensor([*counts.values(), *so_far], dtype=torch.float64)
+    so_far = [x for source in run.loader.counts_of for x in source.as_list()]
+    more = run.loader.ended < sum(len(b.tokens_BS) for b in batches)
+    values = torch.tensor([*counts.values(), more, *so_far], dtype=torch.float64)
     values = distributed.sum_over(run.mesh.batch, values).tolist()
-    total = Counts(*map(int, values[len(counts) :]))
+    run.sources.set_counts(values[len(counts) + 1 :])
+    total = sum(run.sources.counts, Counts())
     run.skipped = {name: getattr(total, name) for name in run.skipped}
     check_bad(run, total)
+    if not values[len(counts)]:
+        raise run.loader.rows.mixture.ended(run.step)
     return dict(zip(counts, values, strict=False))
 
 
@@ -254,7 +275,10 @@ def forward_backward(run: Run, batches: list[Batch], targets: float) -> Tensor:
     def loss_of(batch: Batch) -> Head:
         chunk = run.config.training.loss_chunk_tokens
         return lambda hidden_BSD, weight_VD: (
-            chunked_cross_entropy(hidden_BSD, weight_VD, batch.labels_BS, chunk) / max(targets, 1)
+            chunked_cross_entropy(
+                hidden_BSD, weight_VD, batch.labels_BS, chunk, run.sources.tally(batch)
+            )
+            / max(targets, 1)
         )
 
     if run.pipeline:
@@ -278,8 +302,9 @@ def report_step(
 ) -> None:
     """Hand the step's figures to the metrics; between reports nothing here waits for the device."""
     metrics.count(**{name: value for name, value in counts.items() if name != "targets"})
-    figures = {}
+    figures, sources = {}, {}
     if metrics.due(run.step):
+        sources = run.sources.figures(run.mesh)
         figures = routing.collect(run.model, run.moe_layers, run.mesh, run.device)
     loss = distributed.sum_over(run.mesh.batch, loss)
     metrics.end_step(
@@ -294,6 +319,7 @@ def report_step(
         },
         timings={name: layer.timing() for name, layer in figures.items()},
         skipped=run.skipped,
+        sources=sources,
     )
 
 
@@ -372,8 +398,8 @@ def has_held_out_data(config: Config) -> bool:
     """Sources without splits hold data out only where `eval.path` names it; a Hugging Face dataset
     also where it has the split `eval.split`."""
     data, evaluation = config.data, config.eval
-    if data.source != "hf" or not is_same_data(evaluation.path, data.path):
-        return bool(evaluation.path) or data.source == "digits"
+    if data.sources or data.source != "hf" or not is_same_data(evaluation.path, data.path):
+        return bool(evaluation.path) or holds_out_digits(data)
     if has_split(data.path, evaluation.split):
         return True
     if evaluation.every:

@@ -17,6 +17,7 @@ from titan_vlm.config import Config, Data, Training
 from titan_vlm.data.chat import Encoder
 from titan_vlm.data.images import visual_spec
 from titan_vlm.data.loader import PackedRows, RowLoader, build_loader, merge_states
+from titan_vlm.data.mixture import Member, Mixture
 from titan_vlm.data.packing import Counts
 from titan_vlm.data.rows import collate, make_row
 from titan_vlm.data.sample import ImageRef, RawSample, image_part, open_bytes, text_part
@@ -154,10 +155,16 @@ class TinySource:
         return RawSample(str(index), messages, f"tiny:{number}")
 
 
-def tiny_loader(tokenizer, source, workers=0, **options):
+def tiny_loader(tokenizer, source, workers=0, seed=0, **options):
     encoder = Encoder(tokenizer, SPEC)
     options = {"seq_len": 64, "virtual_shards": 4, "window": 3} | options
-    return RowLoader(PackedRows(source, encoder, **options), workers)
+    mixture = Mixture([Member("tiny", source)], seed)
+    return RowLoader(PackedRows(mixture, encoder, **options), workers)
+
+
+def numbers(row):
+    """(epoch, number) of each sample of a row of a tiny source."""
+    return [tuple(map(int, id.removeprefix("tiny:").split(":"))) for id in row.sample_ids]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -165,19 +172,18 @@ def test_every_sample_of_every_epoch_is_seen_exactly_once(tokenizer, workers):
     loader = tiny_loader(tokenizer, TinySource(30), workers)
     seen = []
     while len(seen) < 200:
-        seen += map(int, next(loader).sample_ids)
+        seen += numbers(next(loader))
     loader.close()
     assert len(set(seen)) == len(seen)
     # Whatever the packing still holds back is the end: all of the first epochs are there.
-    assert set(range(4 * 30)) <= set(seen)
+    assert {(epoch, number) for epoch in range(4) for number in range(30)} <= set(seen)
 
 
 def test_broken_picture_leaves_its_sample_out_of_the_row_and_is_counted(tokenizer, caplog):
     whole = tiny_loader(tokenizer, TinySource(20))
     loader = tiny_loader(tokenizer, TinySource(20, broken={3}))
     rows = [next(loader) for _ in range(12)]
-    ids = {int(k) % 20 for row in rows for k in row.sample_ids}
-    assert ids == set(range(20)) - {3}
+    assert {number for row in rows for _, number in numbers(row)} == set(range(20)) - {3}
     assert sum(row.counts.bad for row in rows) >= 1
     assert not any(row.num_images or row.grids or len(row.pixels_NC) for row in rows)
     assert "skipped tiny:3: 3.jpg: broken image" in caplog.text
@@ -251,7 +257,7 @@ def test_a_sample_that_breaks_while_the_run_is_down_is_counted(tokenizer):
     loader = tiny_loader(tokenizer, TinySource(200))
     first = next(loader)
     state = loader.state_dict()
-    waiting = loader.rows.order[state["shards"][0]["pending"][0]]
+    _, waiting = loader.rows.mixture.place(*state["shards"][0]["pending"][0])
     again = tiny_loader(tokenizer, TinySource(200, bad={waiting}))
     again.load_state_dict(state)
     assert again.counts == first.counts

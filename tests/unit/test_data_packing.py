@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from titan_vlm.data.chat import Sample
-from titan_vlm.data.packing import Counts, EpochOrder, Shard
+from titan_vlm.data.mixture import EpochOrder, Member, Mixture
+from titan_vlm.data.packing import Counts, Shard
 from titan_vlm.errors import DataError
 
 
@@ -13,6 +14,12 @@ def sample(number, length):
     labels = np.ones(length, dtype=np.int64)
     positions = np.tile(np.arange(length), (3, 1))
     return Sample(str(number), f"f:{number}", tokens, labels, positions, np.zeros(length, bool), [])
+
+
+def shard_of_one(number, shards, fetch, **options):
+    """A shard of one source, which is given by position."""
+    mixture = Mixture([Member("f", range(10_000))])
+    return Shard(number, shards, mixture, lambda member, position: fetch(position), **options)
 
 
 def lengths(*values):
@@ -25,7 +32,7 @@ def ids(row):
 
 
 def test_first_fit_takes_the_oldest_first_and_fills_the_rest_in_order():
-    shard = Shard(0, 1, lengths(5, 4, 2, 1, 3, 6), seq_len=8, window=3)
+    shard = shard_of_one(0, 1, lengths(5, 4, 2, 1, 3, 6), seq_len=8, window=3)
     assert ids(shard.next_row()) == [0, 2, 3]  # 5, 4 does not fit, 2, then 1 has moved up
     assert ids(shard.next_row()) == [1, 4]  # 4 was the oldest; 3 fits
     assert ids(shard.next_row())[0] == 5
@@ -33,17 +40,17 @@ def test_first_fit_takes_the_oldest_first_and_fills_the_rest_in_order():
 
 def test_no_sample_waits_for_ever_and_none_is_seen_twice():
     values = [7, 3, 3, 2, 2, 1, 6, 5, 8, 1]
-    shard = Shard(0, 1, lengths(*values), seq_len=8, window=4)
+    shard = shard_of_one(0, 1, lengths(*values), seq_len=8, window=4)
     emitted = [k for _ in range(200) for k in ids(shard.next_row())]
     assert len(set(emitted)) == len(emitted)
-    waiting = {position for position, _ in shard.pending}
+    waiting = {position for _, position, _ in shard.pending}
     assert set(emitted) | waiting == set(range(max(emitted) + 1)) | waiting
     assert all(abs(place - k) < 8 for place, k in enumerate(emitted))
 
 
 def test_shards_take_every_vth_sample_of_the_order():
     for number in range(3):
-        shard = Shard(number, 3, lengths(4), seq_len=8, window=2)
+        shard = shard_of_one(number, 3, lengths(4), seq_len=8, window=2)
         assert ids(shard.next_row() + shard.next_row()) == [
             number,
             number + 3,
@@ -60,17 +67,18 @@ def test_state_restores_the_following_rows_and_counts_after_any_row(overlong):
         return lengths(5, 4, 2, 1, 3, 6, 9)(position)
 
     def make():
-        return Shard(1, 2, fetch, seq_len=8, window=4, overlong=overlong)
+        return shard_of_one(1, 2, fetch, seq_len=8, window=4, overlong=overlong)
 
     def next_row(shard):
-        return [(s.id, len(s)) for s in shard.next_row()], shard.counts.as_list()
+        return [(s.id, len(s)) for s in shard.next_row()], shard.counts[0].as_list()
 
     shard = make()
     states, rows = [], []
     for _ in range(30):
         states.append(shard.state_dict())
         rows.append(next_row(shard))
-    assert shard.counts.bad and (shard.counts.cut if overlong == "cut" else shard.counts.dropped)
+    counts = shard.counts[0]
+    assert counts.bad and (counts.cut if overlong == "cut" else counts.dropped)
     for k in range(27):
         again = make()
         again.load_state_dict(states[k])
@@ -79,19 +87,19 @@ def test_state_restores_the_following_rows_and_counts_after_any_row(overlong):
 
 
 def test_overlong_samples_are_dropped_and_counted_or_cut_and_counted():
-    dropping = Shard(0, 1, lengths(3, 9), seq_len=8, window=2)
+    dropping = shard_of_one(0, 1, lengths(3, 9), seq_len=8, window=2)
     assert ids(dropping.next_row()) == [0, 2]
-    assert dropping.counts.dropped >= 1 and dropping.counts.cut == 0
-    cutting = Shard(0, 1, lengths(9), seq_len=8, window=2, overlong="cut")
+    assert dropping.counts[0].dropped >= 1 and dropping.counts[0].cut == 0
+    cutting = shard_of_one(0, 1, lengths(9), seq_len=8, window=2, overlong="cut")
     assert [len(s) for s in cutting.next_row()] == [8]
-    assert cutting.counts.cut >= 1 and cutting.counts.dropped == 0
+    assert cutting.counts[0].cut >= 1 and cutting.counts[0].dropped == 0
 
 
 def test_source_of_which_nothing_fits_ends_with_an_error_instead_of_searching_for_ever():
     with pytest.raises(
         DataError, match="none of the first 100 samples.*9 tokens.*seq_len = 8: rai"
     ):
-        Shard(0, 1, lengths(9), seq_len=8).next_row()
+        shard_of_one(0, 1, lengths(9), seq_len=8).next_row()
 
 
 def partly(is_good):
@@ -109,18 +117,18 @@ def partly(is_good):
 
 def test_bad_and_overlong_samples_together_are_nothing_to_use_either():
     with pytest.raises(DataError, match="none of the first 100 samples.*f:99: malformed JSON"):
-        Shard(0, 1, partly(lambda position: False), seq_len=8).next_row()
+        shard_of_one(0, 1, partly(lambda position: False), seq_len=8).next_row()
 
 
 def test_a_source_that_breaks_on_the_way_ends_with_an_error_too():
-    shard = Shard(0, 1, partly(lambda position: position < 20), seq_len=8, window=2)
+    shard = shard_of_one(0, 1, partly(lambda position: position < 20), seq_len=8, window=2)
     with pytest.raises(DataError, match="none of the last 1000 samples can be used.*f:1019: malf"):
         for _ in range(20):
             shard.next_row()
 
 
 def test_a_source_of_which_little_can_be_used_is_searched_on():
-    shard = Shard(0, 1, partly(lambda position: position % 700 == 5), seq_len=8, window=2)
+    shard = shard_of_one(0, 1, partly(lambda position: position % 700 == 5), seq_len=8, window=2)
     assert [ids(shard.next_row()) for _ in range(3)] == [[5, 705], [1405, 2105], [2805, 3505]]
 
 
@@ -130,9 +138,9 @@ def test_bad_samples_are_skipped_counted_and_logged_with_their_line(caplog):
             raise DataError("train.jsonl:2: malformed JSON")
         return sample(position, 4)
 
-    shard = Shard(0, 1, fetch, seq_len=8, window=2)
+    shard = shard_of_one(0, 1, fetch, seq_len=8, window=2)
     assert ids(shard.next_row()) == [0, 2]
-    assert shard.counts.bad == 1
+    assert shard.counts[0].bad == 1
     assert "skipped train.jsonl:2: malformed JSON" in caplog.text
 
 

@@ -71,6 +71,7 @@ class Sample:
     visual_L: np.ndarray  # bool: which tokens stand for pixels
     visuals: list[Visual]
     meta: dict = field(default_factory=dict)
+    source: int = 0  # which of the sources that are mixed
 
     def __len__(self) -> int:
         return len(self.tokens_L)

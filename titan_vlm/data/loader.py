@@ -19,6 +19,7 @@ import os
 import warnings
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
@@ -26,9 +27,9 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from titan_vlm.data.chat import Encoder, Sample
 from titan_vlm.data.images import VisualSpec
-from titan_vlm.data.packing import Counts, EpochOrder, Shard
+from titan_vlm.data.mixture import Mixture, build_mixture
+from titan_vlm.data.packing import Counts, Shard
 from titan_vlm.data.rows import Row, make_row
-from titan_vlm.data.sources import build_source
 from titan_vlm.errors import ConfigError, DataError
 
 SHARDS = "shards"  # marks our part of a snapshot, wherever torchdata keeps it
@@ -40,12 +41,10 @@ def build_loader(
 ) -> "RowLoader":
     """The endless training rows of one rank, as `[data]`, `[training]` and `run.seed` say."""
     data = config.data
-    source = build_source(data, data.split, config.run.seed)
     rows = PackedRows(
-        source,
+        build_mixture(data, config.run.seed),
         Encoder(tokenizer, spec),
         seq_len=config.training.seq_len,
-        seed=config.run.seed,
         virtual_shards=data.virtual_shards,
         window=data.pack_window,
         overlong=data.overlong,
@@ -62,8 +61,14 @@ class RowLoader:
         check_shards(rows.virtual_shards, rows.ranks, num_workers)
         self.rows, self.num_workers = rows, num_workers
         self.loader = self.iterator = None
-        self.counts = Counts()  # of this rank's rows since the run began
+        # Of this rank's rows since the run began, by source.
+        self.counts_of = [Counts() for _ in rows.mixture.members]
+        self.ended = 0  # the last rows that came from shards without samples
         self.reasons: deque[str] = deque(maxlen=MAX_REASONS)  # why the last bad samples are bad
+
+    @property
+    def counts(self) -> Counts:
+        return sum(self.counts_of, Counts())
 
     def __iter__(self) -> Iterator[Row]:
         return self
@@ -75,7 +80,8 @@ class RowLoader:
         if isinstance(row, DataError):
             raise row
         self.rows.consumed += self.rows.ranks
-        self.counts += row.counts
+        self.counts_of = [a + b for a, b in zip(self.counts_of, row.counts_of, strict=True)]
+        self.ended = self.ended + 1 if row.ended else 0
         self.reasons += row.reasons
         return row
 
@@ -98,18 +104,27 @@ class RowLoader:
         self.iterator = iter(self.loader)
 
     def state_dict(self) -> dict:
-        """Rows consumed by the whole run, what its sequence depends on, this rank's shards."""
+        """Rows consumed by the whole run, what its sequence depends on, where the data were, this
+        rank's shards."""
         shards = dict(self.rows.initial)
         if self.iterator is not None:
             shards |= find_shards(self.loader.state_dict())
-        return {"rows": self.rows.consumed, "sequence": self.rows.sequence, SHARDS: shards}
+        return {
+            "rows": self.rows.consumed,
+            "sequence": self.rows.sequence,
+            "paths": self.rows.mixture.paths(),
+            SHARDS: shards,
+        }
 
     def load_state_dict(self, state: dict) -> None:
         """Takes a state of any number of ranks and workers; the next row follows its last."""
         self.close()
         self.rows.restore(state)
-        counts = (Counts(*shard["counts"]) for shard in self.rows.initial.values())
-        self.counts = sum(counts, Counts())
+        shards = [saved_counts(shard) for shard in self.rows.initial.values()]
+        self.counts_of = [
+            sum((shard[k] for shard in shards), Counts()) for k in range(len(self.counts_of))
+        ]
+        self.ended = 0
         self.reasons.clear()
 
     def close(self) -> None:
@@ -122,39 +137,38 @@ class PackedRows(IterableDataset):
 
     def __init__(
         self,
-        source,
+        mixture: Mixture,
         encoder: Encoder,
         *,
         seq_len: int,
-        seed: int = 0,
         virtual_shards: int = 16,
         window: int = 16,
         overlong: str = "drop",
         rank: int = 0,
         ranks: int = 1,
     ):
-        self.source, self.encoder, self.seq_len = source, encoder, seq_len
-        self.order = EpochOrder(len(source), seed)
+        self.mixture, self.encoder, self.seq_len = mixture, encoder, seq_len
         self.virtual_shards, self.window, self.overlong = virtual_shards, window, overlong
         self.rank, self.ranks = rank, ranks
         # Another value of any of these, and what comes next has been seen or is never seen.
         self.sequence = {
             "data.virtual_shards": virtual_shards,
             "training.seq_len": seq_len,
-            "run.seed": seed,
-            "number of samples in data.path": len(source),
-        }
+            "run.seed": mixture.seed,
+        } | mixture.sequence()
         self.consumed = 0
         self.initial: dict[int, dict] = {}
 
     def restore(self, state: dict) -> None:
-        for key, present in self.sequence.items():
-            saved = state["sequence"][key]
+        for key in self.sequence | state["sequence"]:
+            present, saved = self.sequence.get(key), state["sequence"].get(key)
             if present != saved:
+                was = "none" if saved is None else saved
                 raise ConfigError(
-                    f"{key} = {present}, but the run to resume began with {saved} and its sequence "
-                    f"of rows depends on it; go back to {saved}, or use another run.output_dir"
+                    f"{key} = {present}, but the run to resume began with {was} and its sequence "
+                    f"of rows depends on it; go back to {was}, or use another run.output_dir"
                 )
+        self.mixture.note_moves(state["paths"])
         if state["rows"] % self.ranks:
             raise ConfigError(
                 f"resume after {state['rows']} rows on {self.ranks} data-parallel ranks: the rows "
@@ -172,8 +186,11 @@ class PackedRows(IterableDataset):
         turn, turns = (worker.id, worker.num_workers) if worker else (0, 1)
         return RowIterator(self, turn, turns)
 
-    def fetch(self, position: int) -> Sample:
-        return self.encoder.encode(self.source[self.order[position]])
+    def fetch(self, member: int, position: int) -> Sample:
+        mixture = self.mixture
+        raw = mixture.members[member].source[mixture.orders[member][position]]
+        sample = self.encoder.encode(raw)
+        return replace(sample, id=mixture.id(member, position), source=member)
 
 
 class RowIterator:
@@ -189,6 +206,7 @@ class RowIterator:
             shard = Shard(
                 number,
                 rows.virtual_shards,
+                rows.mixture,
                 rows.fetch,
                 rows.seq_len,
                 rows.window,
@@ -211,20 +229,24 @@ class RowIterator:
         number = self.next_index % self.rows.virtual_shards
         self.next_index += self.stride
         shard = self.shards[number]
-        before = Counts()
+        before = shard.counts
         if number in self.states:
-            before = Counts(*self.states[number]["counts"])
-            if not shard.counts.seen:
+            before = saved_counts(self.states[number])
+            if not any(counts.seen for counts in shard.counts):
                 shard.load_state_dict(self.states[number])
+        before = [replace(counts) for counts in before]
         samples = shard.next_row()
         row = make_row(
             samples,
             self.rows.seq_len,
             self.rows.encoder,
-            lambda sample, error: shard.bad(f"{sample.origin}: {error}"),
+            lambda sample, error: shard.bad(sample.source, sample.id, f"{sample.origin}: {error}"),
         )
-        row.counts = shard.counts - before
-        row.reasons = shard.reasons[-MAX_REASONS:]
+        shard.count_row(row.sources, row.doc_lens)
+        row.ended = not samples
+        row.counts_of = [now - then for now, then in zip(shard.counts, before, strict=True)]
+        row.skipped, row.reasons = list(shard.skipped), shard.reasons[-MAX_REASONS:]
+        shard.skipped.clear()
         shard.reasons.clear()
         self.states[number] = shard.state_dict()
         return row
@@ -234,6 +256,11 @@ class RowIterator:
 
     def load_state_dict(self, state: dict) -> None:
         """Nothing to do: `PackedRows.restore` is the one way back, for any number of workers."""
+
+
+def saved_counts(shard: dict) -> list[Counts]:
+    """By source, from the state of a shard."""
+    return [Counts(*counts) for counts in shard["counts"]]
 
 
 def merge_states(states: list[dict]) -> dict:

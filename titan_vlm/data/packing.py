@@ -1,19 +1,21 @@
 """The run's one sequence of rows, and how samples are packed into them.
 
-    epoch order      a permutation of the source per epoch, one epoch after the other, for ever:
+    epoch order      a permutation of a source per epoch, one epoch after the other, for ever:
                          j = 0 1 2 3 4 5 6 7 8 ...
-    virtual shards   the j-th sample goes to shard j mod V (V = 2: even and odd)
+    virtual shards   the j-th sample goes to shard j mod V (V = 2: even and odd), and so in every
+                     source; a shard chooses among them by itself (mixture.py)
     packing          each shard fills its own rows, first-fit among its `window` oldest samples
     rows             row i of the run is the next row of shard i mod V
 
 Nothing here knows of ranks or workers; they only take turns at shards (loader.py). So the sequence
-depends on (seed, V, window, seq_len) alone. First-fit with seq_len 8, window 3:
+depends on (seed, V, window, seq_len) and the sources alone. First-fit with seq_len 8, window 3:
 
     pending  a5 b4 c2 | d1 ...      row:  a (5), b does not fit, c (2), d (1)  -> a c d
     pending  b4 e3 f6 | ...         row:  b (4), e (3), ...
 
 A row always starts with the oldest pending sample, so none waits for ever. A shard's state is its
-place in the order and the places of what is pending: those samples are encoded again on restore.
+places in the orders and those of what is pending: those samples are encoded again on restore. When
+every source is through its epochs, a shard empties its window; from then on its rows are empty.
 
 Nothing is lost silently. A sample that cannot be encoded, or whose pixels turn out broken when its
 row is emitted, is counted as bad and logged with its file and line; an over-long one is dropped or
@@ -26,11 +28,9 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
-from functools import lru_cache
-
-import numpy as np
 
 from titan_vlm.data.chat import Sample
+from titan_vlm.data.mixture import Mixture, Turns
 from titan_vlm.errors import DataError
 from titan_vlm.models.inputs import IGNORE_LABEL
 
@@ -46,12 +46,15 @@ MAX_USELESS = 1000
 
 @dataclass
 class Counts:
-    """What became of samples: all that were read, and those left out or cut among them."""
+    """What became of samples: all that were read, and those left out or cut among them; and what
+    has gone into rows. The others wait in a window."""
 
     seen: int = 0
     bad: int = 0
     dropped: int = 0
     cut: int = 0
+    samples: int = 0
+    tokens: int = 0
 
     def as_list(self) -> list[int]:
         return list(astuple(self))
@@ -76,76 +79,74 @@ class Counts:
         return enough and self.bad > allowed + margin
 
 
-class EpochOrder:
-    """Position j of the endless order -> index of a source (epoch * size + slot)."""
-
-    def __init__(self, size: int, seed: int):
-        if size == 0:
-            raise DataError("the source has no samples")
-        self.size, self.seed = size, seed
-
-    def __getitem__(self, position: int) -> int:
-        epoch, slot = divmod(position, self.size)
-        return epoch * self.size + int(epoch_permutation(self.size, self.seed, epoch)[slot])
-
-
-@lru_cache(maxsize=2)  # shards do not enter an epoch at the same time
-def epoch_permutation(size: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(size)
-
-
 class Shard:
-    """One virtual shard: endless packed rows, each a list of samples."""
+    """One virtual shard: endless packed rows, each a list of samples.
+
+    Args:
+        fetch: (member of the mixture, position in its order) -> sample.
+    """
 
     def __init__(
         self,
         number: int,
         shards: int,
-        fetch: Callable[[int], Sample],
+        mixture: Mixture,
+        fetch: Callable[[int, int], Sample],
         seq_len: int,
         window: int = 16,
         overlong: str = "drop",
     ):
-        self.number, self.shards, self.fetch = number, shards, fetch
+        self.mixture, self.fetch = mixture, fetch
         self.seq_len, self.window, self.overlong = seq_len, window, overlong
-        self.cursor = number  # position in the order of the next sample of this shard
-        self.pending: deque[tuple[int, Sample]] = deque()
-        self.counts = Counts()
-        self.reasons: list[str] = []  # why samples are bad, until somebody takes them
+        self.turns = Turns(mixture, number, shards)
+        self.pending: deque[tuple[int, int, Sample]] = deque()  # with member and position
+        self.counts = [Counts() for _ in mixture.members]
+        # Of samples left out, until somebody takes them: why, and their ids.
+        self.reasons: list[str] = []
+        self.skipped: list[str] = []
         # Samples in a row without use: 0 whenever a row is complete, so no part of the state.
         self.useless = 0
 
     def next_row(self) -> list[Sample]:
+        """The samples of the next row; none where every source is through its epochs."""
         row, space = [], self.seq_len
         while True:
-            while len(self.pending) < self.window:
-                self._pull()
-            fits = (k for k, (_, sample) in enumerate(self.pending) if len(sample) <= space)
+            while len(self.pending) < self.window and self._pull():
+                pass
+            fits = (k for k, (_, _, sample) in enumerate(self.pending) if len(sample) <= space)
             k = next(fits, None)
             if k is None:
                 return row
-            _, sample = self.pending[k]
+            _, _, sample = self.pending[k]
             del self.pending[k]
             row.append(sample)
             space -= len(sample)
 
-    def _pull(self) -> None:
-        """Encodes the next sample of the order into the window, or counts why not."""
-        position = self.cursor
-        self.cursor += self.shards
-        self.counts.seen += 1
-        sample = self._encode(position)
+    def _pull(self) -> bool:
+        """Encodes the next sample into the window, or counts why not; False where none is left."""
+        turn = self.turns.next()
+        if turn is None:
+            return False
+        member, position = turn
+        counts = self.counts[member]
+        counts.seen += 1
+        sample = self._encode(member, position)
         if sample is None:
-            return self._go_without(self.reasons[-1])
+            self._go_without(self.reasons[-1])
+            return True
         kept = self._fit(sample)
         if kept is None:
-            self.counts.dropped += 1
+            counts.dropped += 1
+            self.skipped.append(sample.id)
             reason = f"{sample.origin}: {len(sample)} tokens, training.seq_len = {self.seq_len}"
             logger.info("dropped %s", reason)
-            return self._go_without(f"{reason}: raise it, or lower data.max_pixels")
-        self.counts.cut += kept is not sample
+            self._go_without(f"{reason}: raise it, or lower data.max_pixels")
+            return True
+        counts.cut += kept is not sample
         self.useless = 0
-        self.pending.append((position, kept))
+        self.turns.take(member, len(kept))
+        self.pending.append((member, position, kept))
+        return True
 
     def _fit(self, sample: Sample) -> Sample | None:
         if len(sample) <= self.seq_len:
@@ -155,42 +156,48 @@ class Shard:
     def _go_without(self, reason: str) -> None:
         """Raises rather than search a source for ever in which nothing can be used."""
         self.useless += 1
-        at_start = self.useless == self.counts.seen
+        at_start = self.useless == sum(counts.seen for counts in self.counts)
         if self.useless == (MAX_USELESS_AT_START if at_start else MAX_USELESS):
             where = "first" if at_start else "last"
             raise DataError(
                 f"none of the {where} {self.useless} samples can be used; the last: {reason}"
             )
 
-    def _encode(self, position: int) -> Sample | None:
+    def _encode(self, member: int, position: int) -> Sample | None:
         try:
-            return self.fetch(position)
+            return self.fetch(member, position)
         except DataError as error:
-            self.bad(str(error))
+            self.bad(member, self.mixture.id(member, position), str(error))
             return None
 
-    def bad(self, reason: str) -> None:
-        self.counts.bad += 1
+    def count_row(self, members: list[int], lengths: list[int]) -> None:
+        """What has gone into a row: of each sample, its member and its length."""
+        for member, length in zip(members, lengths, strict=False):  # the padding is a length too
+            self.counts[member].samples += 1
+            self.counts[member].tokens += length
+
+    def bad(self, member: int, id: str, reason: str) -> None:
+        self.counts[member].bad += 1
+        self.skipped.append(id)
         self.reasons.append(reason)
         logger.warning("skipped %s", reason)
 
     def state_dict(self) -> dict:
-        return {
-            "cursor": self.cursor,
-            "pending": [position for position, _ in self.pending],
-            "counts": self.counts.as_list(),
+        return self.turns.state_dict() | {
+            "pending": [[member, position] for member, position, _ in self.pending],
+            "counts": [counts.as_list() for counts in self.counts],
         }
 
     def load_state_dict(self, state: dict) -> None:
-        self.cursor = state["cursor"]
-        self.counts = Counts(*state["counts"])
+        self.turns.load_state_dict(state)
+        self.counts = [Counts(*counts) for counts in state["counts"]]
         self.pending.clear()
-        for position in state["pending"]:
-            sample = self._encode(position)
+        for member, position in state["pending"]:
+            sample = self._encode(member, position)
             if sample is not None and len(sample) > self.seq_len:
                 sample = cut_sample(sample, self.seq_len)  # as it was when it came into the window
             if sample is not None:
-                self.pending.append((position, sample))
+                self.pending.append((member, position, sample))
 
 
 def cut_sample(sample: Sample, length: int) -> Sample | None:
@@ -211,4 +218,5 @@ def cut_sample(sample: Sample, length: int) -> Sample | None:
         sample.visual_L[:length],
         [visual for visual in sample.visuals if visual.end <= length],
         sample.meta,
+        sample.source,
     )

@@ -30,10 +30,19 @@ class Row:
     grids: list[tuple[int, int, int]]
     visual_index_M: Tensor  # positions within the row
     sample_ids: list[str]
+    origins: list[str]  # of each sample, its file and line
+    sources: list[int]  # of each sample, which of the sources that are mixed
     images_of: list[int]  # number of images and videos of each sample
-    # What became of the samples read since the shard's previous row, and why the last bad ones are.
-    counts: Counts = field(default_factory=Counts)
+    # What became of the samples read since the shard's previous row, by source; the ids of those
+    # left out, and why the last bad ones are.
+    counts_of: list[Counts] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
+    ended: bool = False  # the shard has no samples left
+
+    @property
+    def counts(self) -> Counts:
+        return sum(self.counts_of, Counts())
 
     @property
     def num_images(self) -> int:
@@ -86,6 +95,8 @@ def make_row(
         grids=[visual.grid for sample in kept for visual in sample.visuals],
         visual_index_M=torch.from_numpy(visual_S.nonzero()[0]),
         sample_ids=[sample.id for sample in kept],
+        origins=[sample.origin for sample in kept],
+        sources=[sample.source for sample in kept],
         images_of=[len(sample.visuals) for sample in kept],
     )
 
@@ -107,5 +118,6 @@ def collate(rows: list[Row], moment: Moment | None = None) -> Batch:
         num_images=sum(images for _, images in samples),
         sample_keys=[name_key(name) for name, _ in samples],
         image_keys=[name_key(f"{name} {i}") for name, images in samples for i in range(images)],
+        sources=[source for row in rows for source in row.sources],
         moment=moment or Moment(),
     )

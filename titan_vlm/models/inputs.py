@@ -38,6 +38,7 @@ class Batch:
     visual_index_M  int64 flattened positions of the visual tokens, in order
     sample_keys     a number that names each sample, in order; random numbers are drawn by it
     image_keys      the same of each image or video
+    sources         of each sample, which of the sources that are mixed
     moment          where in the run the batch stands
     """
 
@@ -53,6 +54,7 @@ class Batch:
     num_images: int = 0
     sample_keys: list[int] | None = None
     image_keys: list[int] | None = None
+    sources: list[int] | None = None
     moment: Moment = field(default_factory=Moment)
     # The tokens that are no padding, for the MoE layers; made here, on the host.
     tokens: Tokens | None = None

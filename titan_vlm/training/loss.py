@@ -24,7 +24,11 @@ from titan_vlm.models.shards import local_part
 
 
 def chunked_cross_entropy(
-    hidden_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, chunk_tokens: int
+    hidden_BSD: Tensor,
+    weight_VD: Tensor,
+    labels_BS: Tensor,
+    chunk_tokens: int,
+    tally: "Tally | None" = None,
 ) -> Tensor:
     """Sum of the cross-entropies of all positions whose label is not -100.
 
@@ -34,6 +38,7 @@ def chunked_cross_entropy(
     Args:
         labels_BS: target of each position (already shifted), -100 where there is none.
         chunk_tokens: how many tokens have logits at a time.
+        tally: takes in the loss of every token, for who wants to know it by group.
 
     `weight_VD` may be a DTensor with the words sharded over ranks that all have the same hidden
     states: no logits are gathered, and the gradient of the hidden states is this rank's summand.
@@ -53,8 +58,35 @@ def chunked_cross_entropy(
         weight_VD = weight_VD.to_local(grad_placements=[Shard(0)])
     vocabulary = Vocabulary(group, first_word)
     return _ChunkedCrossEntropy.apply(
-        hidden_BSD, weight_VD, labels_BS, chunk_tokens, dtype, vocabulary, torch.is_grad_enabled()
+        hidden_BSD,
+        weight_VD,
+        labels_BS,
+        chunk_tokens,
+        dtype,
+        vocabulary,
+        tally,
+        torch.is_grad_enabled(),
     )
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Cross-entropies added up by group of tokens, without gradients.
+
+    group_BS    int64 number of the group of each position
+    sums_2G     float64; of each group the sum of its losses and the number of its targets
+    """
+
+    group_BS: Tensor
+    sums_2G: Tensor
+
+    def add(self, index_C: Tensor, loss_C: Tensor) -> None:
+        """The losses of some positions of the flattened batch."""
+        groups_G = torch.arange(self.sums_2G.shape[1], device=loss_C.device)
+        # As sums of products, not index_add_, whose order on a GPU is any.
+        is_of_CG = self.group_BS.flatten()[index_C].unsqueeze(-1) == groups_G
+        self.sums_2G[0] += (loss_C.double().unsqueeze(-1) * is_of_CG).sum(0)
+        self.sums_2G[1] += is_of_CG.sum(0)
 
 
 @dataclass(frozen=True)
@@ -79,7 +111,9 @@ class Vocabulary:
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_BSD, weight_VD, labels_BS, chunk_tokens, dtype, words, grad_enabled):
+    def forward(
+        ctx, hidden_BSD, weight_VD, labels_BS, chunk_tokens, dtype, words, tally, grad_enabled
+    ):
         # A custom function sees needs_input_grad even under no_grad, hence the extra argument.
         needs_hidden = grad_enabled and ctx.needs_input_grad[0]
         needs_weight = grad_enabled and ctx.needs_input_grad[1]
@@ -91,6 +125,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 chunk_tokens,
                 dtype,
                 words,
+                tally,
                 needs_hidden,
                 needs_weight,
             )
@@ -120,7 +155,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             None if grad is None else grad.to(dtype)
             for grad, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
-        return *grads, None, None, None, None, None
+        return *grads, *[None] * 6
 
 
 def _loss_and_gradients(
@@ -130,6 +165,7 @@ def _loss_and_gradients(
     chunk_tokens: int,
     dtype: torch.dtype,
     words: Vocabulary,
+    tally: Tally | None,
     needs_hidden: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -162,7 +198,10 @@ def _loss_and_gradients(
         target_C1 = exp_CV.gather(-1, local_C1).where(here_C1, 0)
         target_C1 = words.reduce(target_C1, dist.ReduceOp.SUM)
         sum_C1 = words.reduce(exp_CV.exp_().sum(-1, keepdim=True), dist.ReduceOp.SUM)
-        loss += (sum_C1.log() - target_C1).sum()
+        loss_C1 = sum_C1.log() - target_C1
+        loss += loss_C1.sum()
+        if tally is not None:
+            tally.add(index_T[chunk], loss_C1.squeeze(-1))
         if grad_hidden is None and grad_weight is None:
             continue
         # d loss / d logits = softmax - one_hot. The target's entry is subtracted before rounding

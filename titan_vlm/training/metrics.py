@@ -126,6 +126,7 @@ class MetricsLogger:
         routing: dict[str, dict[str, float]] | None = None,
         timings: dict[str, dict[str, float]] | None = None,
         skipped: dict[str, int] | None = None,
+        sources: dict[str, dict[str, float]] | None = None,
     ) -> dict[str, Any] | None:
         """Call after every step, counted from 1; returns the record where it reported one.
 
@@ -136,6 +137,7 @@ class MetricsLogger:
             routing: what else there is to say of each of these layers.
             timings: and of their times in this very step.
             skipped: samples left out so far, by reason.
+            sources: of each source of a mixture, what there is to say of it.
         """
         if self._bar is not None:
             self._bar.update(1)
@@ -148,6 +150,8 @@ class MetricsLogger:
         loads = {name: load_E.cpu() for name, load_E in (expert_loads or {}).items()}
         record |= self._of_experts(step, loads, routing or {}, timings or {}, record["step_ms"])
         record |= {f"skipped/{reason}": number for reason, number in (skipped or {}).items()}
+        for name, figures in (sources or {}).items():
+            record |= {f"source/{name}/{key}": x for key, x in figures.items()}
         self._write(record)
         self.print(console_line(record, self.total_steps))
         return record

@@ -1,0 +1,220 @@
+"""Which source the next sample of a virtual shard comes from.
+
+Every source has its own endless epoch order, dealt to the V shards alike: shard v owns the
+positions v, v + V, v + 2V, ... of each. So a sample is seen once per epoch of its source, however
+the shards choose. One source is a mixture of one, and always chosen.
+
+A shard chooses by credit. A sample of `amount` (1, or its tokens) adds its share of that amount to
+every source and takes the whole from the source it came from; the source with most credit is next:
+
+    shares 3/4, 1/4     credit a    0  -1/4  -1/2   1/4    0       next, with what it will get:
+                        credit b    0   1/4   1/2  -1/4    0       the larger of credit + share
+                        takes       a     a     b     a    a ...   (of equals the first)
+
+Credits stay within a few amounts of 0, so that the shares hold over any stretch; they remember no
+more than the present gap, so that new weights, or the end of a source, only turn the course from
+then on. Were all shards in step, all would come to a rare source at once: a phase of its own, some
+share of an amount, puts every shard at another place of the round.
+
+Which samples are taken hence depends on the weights and on the shard alone, not on ranks.
+"""
+
+import logging
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from titan_vlm.config import Data
+from titan_vlm.data.sources import build_source
+from titan_vlm.errors import ConfigError, DataEnded, DataError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Member:
+    """One source of a mixture.
+
+    source   its samples: `len(source)`, and `source[i]` for any i >= 0 (data/sources)
+    weight   its share, relative to the other members'
+    epochs   times it is read; 0: for ever
+    path     where it lies, for messages
+    """
+
+    name: str
+    source: Any
+    weight: float = 1.0
+    epochs: int = 0
+    path: str = ""
+
+
+class Mixture:
+    """Members and their epoch orders.
+
+    Args:
+        by: what weights are shares of, "samples" or "tokens"; "" for the one source of `[data]`.
+    """
+
+    def __init__(self, members: list[Member], seed: int = 0, by: str = ""):
+        self.members, self.seed, self.by = members, seed, by
+        self.orders = [EpochOrder(len(m.source), seed, k, m.name) for k, m in enumerate(members)]
+
+    @property
+    def names(self) -> list[str]:
+        return [member.name for member in self.members]
+
+    def place(self, member: int, position: int) -> tuple[int, int]:
+        """(epoch, number of the sample) of a position in the order of a member."""
+        return divmod(self.orders[member][position], self.orders[member].size)
+
+    def id(self, member: int, position: int) -> str:
+        """Names a sample in one epoch of its source, the same in every run of these data."""
+        epoch, number = self.place(member, position)
+        return f"{self.members[member].name}:{epoch}:{number}"
+
+    def end(self, member: int) -> float:
+        """The position behind the last of the epochs of a member."""
+        return self.members[member].epochs * self.orders[member].size or float("inf")
+
+    def ended(self, step: int) -> DataEnded:
+        """The error of a run that has read all, in its first `step` steps."""
+        read = ", ".join(f"{m.name} {m.epochs} x {len(m.source)}" for m in self.members)
+        return DataEnded(
+            f"after step {step} every source is through its epochs ({read} samples); raise "
+            f"data.sources[0].epochs or another's and start again, which goes on from here, or set "
+            f"training.steps = {step}"
+        )
+
+    # ------------------------------------------------------------------------ resuming
+
+    def sequence(self) -> dict:
+        """What the orders depend on, under the names that a message gives it."""
+        sizes = [order.size for order in self.orders]
+        if not self.by:
+            return {"data.source": self.names[0], "number of samples in data.path": sizes[0]}
+        numbers = {f"number of samples in data.sources[{k}].path": n for k, n in enumerate(sizes)}
+        return {"data.sources": ", ".join(self.names), "data.mixture_by": self.by} | numbers
+
+    def paths(self) -> list[str]:
+        return [member.path for member in self.members]
+
+    def note_moves(self, before: list[str]) -> None:
+        """Data may move between two parts of a run, but their number must stay; say so."""
+        for member, path in zip(self.members, before, strict=True):
+            if member.path != path:
+                logger.warning(
+                    "the run began with %s at %s; %s is taken for the same samples",
+                    member.name,
+                    path,
+                    member.path,
+                )
+
+
+class EpochOrder:
+    """Position j of the endless order of a source -> its index (epoch * size + number)."""
+
+    def __init__(self, size: int, seed: int, member: int = 0, name: str = ""):
+        if size == 0:
+            raise DataError(f"the source {name or member} has no samples")
+        self.size, self.seed, self.member = size, seed, member
+        self.permutations: dict[int, np.ndarray] = {}
+
+    def __getitem__(self, position: int) -> int:
+        epoch, slot = divmod(position, self.size)
+        if epoch not in self.permutations:
+            # Two are kept, for shards do not enter an epoch at the same time.
+            newest = list(self.permutations.items())[-1:]
+            self.permutations = dict([*newest, (epoch, self._permutation(epoch))])
+        return epoch * self.size + int(self.permutations[epoch][slot])
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        seed = [self.seed, epoch, self.member]
+        return np.random.Generator(np.random.PCG64(seed)).permutation(self.size)
+
+
+class Turns:
+    """How far one virtual shard is in each member, and whose turn it is."""
+
+    def __init__(self, mixture: Mixture, number: int, shards: int):
+        self.mixture, self.shards = mixture, shards
+        members = range(len(mixture.members))
+        self.phases = [
+            np.random.Generator(np.random.PCG64(k)).permutation(shards)[number] / shards
+            for k in members
+        ]
+        self.cursors = [number] * len(members)  # position of its next sample, by member
+        self.credits = [0.0] * len(members)
+        self.samples = 0  # so far, of all members; and their tokens, or also samples
+        self.amount = 0
+
+    def next(self) -> tuple[int, int] | None:
+        """(member, position) of the next sample; None where every member is through its epochs."""
+        shares = self.shares()
+        if not shares:
+            return None
+        unit = self.amount / self.samples if self.samples else 1.0
+
+        def due(k: int) -> float:
+            return self.credits[k] + (shares[k] + self.phases[k]) * unit
+
+        chosen = max(shares, key=due)  # of equals the first
+        position = self.cursors[chosen]
+        self.cursors[chosen] += self.shards
+        return chosen, position
+
+    def take(self, member: int, tokens: int) -> None:
+        """The sample can be used; one that cannot is nobody's turn, and the member goes on."""
+        amount = tokens if self.mixture.by == "tokens" else 1
+        for k, share in self.shares().items():
+            self.credits[k] += share * amount
+        self.credits[member] -= amount
+        self.samples += 1
+        self.amount += amount
+
+    def shares(self) -> dict[int, float]:
+        """By member, of those that are not through their epochs."""
+        left = [k for k, at in enumerate(self.cursors) if at < self.mixture.end(k)]
+        total = sum(self.mixture.members[k].weight for k in left)
+        return {k: self.mixture.members[k].weight / total for k in left}
+
+    def state_dict(self) -> dict:
+        return {
+            "cursors": list(self.cursors),
+            "credits": list(self.credits),
+            "taken": [self.samples, self.amount],
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.cursors, self.credits = list(state["cursors"]), list(state["credits"])
+        self.samples, self.amount = state["taken"]
+
+
+def build_mixture(data: Data, seed: int) -> Mixture:
+    """The sources to train on, as `[data]` and its `[[data.sources]]` say.
+
+    Raises:
+        ConfigError: a source cannot be opened; in the names of its own table.
+        DataError: a source has no samples.
+    """
+    if not data.sources:
+        source = build_source(data, data.split, seed)
+        return Mixture([Member(data.source, source, path=data.path)], seed)
+    members = []
+    for k, table in enumerate(data.sources):
+        try:
+            source = build_source(table, table.split, seed)
+        except ConfigError as error:
+            own = rf"data.sources[{k}].\1"
+            raise ConfigError(re.sub(r"^data\.(\w+)", own, str(error))) from error
+        weight = table.weight or len(source) ** (1 / data.mixture_temperature)
+        members.append(Member(table.name, source, weight, table.epochs, table.path))
+    mixture = Mixture(members, seed, data.mixture_by)
+    total = sum(member.weight for member in members)
+    for member in members:
+        share, size = member.weight / total, len(member.source)
+        logger.info(
+            "source %s: %d samples, %.1f %% of %s", member.name, size, 100 * share, mixture.by
+        )
+    return mixture

@@ -1,0 +1,62 @@
+"""What became of every source of a mixture: its loss in a step, its samples since the run began.
+
+The loss is that of the training step itself, token by token where the head computes it, added up by
+the source of each token's document; no token is computed twice. It is taken on steps that report.
+"""
+
+import torch
+from torch import Tensor
+
+from titan_vlm import distributed
+from titan_vlm.data.packing import Counts
+from titan_vlm.mesh import Mesh
+from titan_vlm.models.inputs import Batch
+from titan_vlm.training.loss import Tally
+
+
+class BySource:
+    """G sources. Nothing is done for fewer than two: the run's own figures say it all."""
+
+    def __init__(self, names: list[str], device: torch.device):
+        self.names = names
+        self.sums_2G = torch.zeros(2, len(names), dtype=torch.float64, device=device)
+        self.counts = [Counts() for _ in names]  # of all ranks
+
+    def set_counts(self, values: list[float]) -> None:
+        """`Counts.as_list` of one source after the other, summed over the ranks."""
+        share = len(values) // len(self.names)
+        self.counts = [
+            Counts(*map(int, values[k * share : (k + 1) * share])) for k in range(len(self.names))
+        ]
+
+    def tally(self, batch: Batch) -> Tally | None:
+        """For the loss of a micro-batch, on the rank that computes it."""
+        if len(self.names) < 2 or not batch.moment.observe:
+            return None
+        return Tally(source_of_tokens(batch).to(self.sums_2G.device), self.sums_2G)
+
+    def figures(self, mesh: Mesh) -> dict[str, dict[str, float]]:
+        """By name; a source without a target in this step has no loss. Every rank must call it.
+
+        Sums 16 bytes for each source over the batch, and over the stages, of which the last has
+        them.
+        """
+        if len(self.names) < 2:
+            return {}
+        summed = distributed.sum_over(mesh.pp, distributed.sum_over(mesh.batch, self.sums_2G))
+        losses, targets = summed.tolist()
+        self.sums_2G.zero_()
+        found = {}
+        for k, (name, counts) in enumerate(zip(self.names, self.counts, strict=True)):
+            found[name] = {"loss": losses[k] / targets[k]} if targets[k] else {}
+            found[name] |= {"samples": counts.samples, "tokens": counts.tokens, "bad": counts.bad}
+        return found
+
+
+def source_of_tokens(batch: Batch) -> Tensor:
+    """int64 [B, S] on the host; 0 on padding, which has no target."""
+    host = batch.on_host
+    source_BS = torch.zeros(host.tokens_BS.shape, dtype=torch.int64)
+    sources_N = torch.tensor(batch.sources, dtype=torch.int64)
+    source_BS.view(-1)[host.tokens.index_V] = sources_N[host.tokens.sequence_V]
+    return source_BS
