@@ -13,13 +13,14 @@ every source and takes the whole from the source it came from; the source with m
 
 Credits stay within a few amounts of 0, so that the shares hold over any stretch; they remember no
 more than the present gap, so that new weights, or the end of a source, only turn the course from
-then on. Were all shards in step, all would come to a rare source at once: a phase of its own, some
-share of an amount, puts every shard at another place of the round.
+then on. Were all shards in step, all would come to a rare source at once: so each begins with the
+credits of another place of the round.
 
 Which samples are taken hence depends on the weights and on the shard alone, not on ranks.
 """
 
 import logging
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,9 @@ from titan_vlm.data.sources import build_source
 from titan_vlm.errors import ConfigError, DataEnded, DataError
 
 logger = logging.getLogger(__name__)
+
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2  # its multiples, mod 1, are spread evenly and in no rhythm
+MAX_ROUND = 4096  # samples; shards that come to a source as rarely as that never crowd
 
 
 @dataclass
@@ -139,27 +143,22 @@ class Turns:
 
     def __init__(self, mixture: Mixture, number: int, shards: int):
         self.mixture, self.shards = mixture, shards
-        members = range(len(mixture.members))
-        self.phases = [
-            np.random.Generator(np.random.PCG64(k)).permutation(shards)[number] / shards
-            for k in members
-        ]
-        self.cursors = [number] * len(members)  # position of its next sample, by member
-        self.credits = [0.0] * len(members)
+        self.cursors = [number] * len(mixture.members)  # position of its next sample, by member
+        self.credits = [0.0] * len(mixture.members)
         self.samples = 0  # so far, of all members; and their tokens, or also samples
         self.amount = 0
+        shares = self.shares()
+        round_of_all = min(math.ceil(1 / min(shares.values())), MAX_ROUND) if shares else 0
+        for _ in range(int(round_of_all * (number * GOLDEN_RATIO % 1))):
+            self._pay(self._most_due(shares, 1), shares, 1)
 
     def next(self) -> tuple[int, int] | None:
         """(member, position) of the next sample; None where every member is through its epochs."""
         shares = self.shares()
         if not shares:
             return None
-        unit = self.amount / self.samples if self.samples else 1.0
-
-        def due(k: int) -> float:
-            return self.credits[k] + (shares[k] + self.phases[k]) * unit
-
-        chosen = max(shares, key=due)  # of equals the first
+        usual = self.amount / self.samples if self.samples else 1.0
+        chosen = self._most_due(shares, usual)
         position = self.cursors[chosen]
         self.cursors[chosen] += self.shards
         return chosen, position
@@ -167,11 +166,21 @@ class Turns:
     def take(self, member: int, tokens: int) -> None:
         """The sample can be used; one that cannot is nobody's turn, and the member goes on."""
         amount = tokens if self.mixture.by == "tokens" else 1
-        for k, share in self.shares().items():
-            self.credits[k] += share * amount
-        self.credits[member] -= amount
+        if not self.samples:  # the credits of the start are in samples
+            self.credits = [credit * amount for credit in self.credits]
+        self._pay(member, self.shares(), amount)
         self.samples += 1
         self.amount += amount
+
+    def _most_due(self, shares: dict[int, float], amount: float) -> int:
+        return max(
+            shares, key=lambda k: self.credits[k] + shares[k] * amount
+        )  # the first of equals
+
+    def _pay(self, member: int, shares: dict[int, float], amount: float) -> None:
+        for k, share in shares.items():
+            self.credits[k] += share * amount
+        self.credits[member] -= amount
 
     def shares(self) -> dict[int, float]:
         """By member, of those that are not through their epochs."""
