@@ -1,4 +1,4 @@
-"""The ledger: what each step consumed, whoever read it and however often the run was interrupted."""
+"""The ledger: what each step consumed, whoever read it and however often it broke off."""
 
 import json
 
@@ -66,6 +66,16 @@ def test_a_line_that_was_being_written_and_a_step_without_all_readers_do_not_cou
     assert rows_of(tmp_path) == in_order(range(1, 5))
 
 
+def test_a_file_that_nobody_shortened_counts_as_it_was_written_last(tmp_path):
+    write(tmp_path, 1, 1, 5)
+    path = tmp_path / "ledger" / "reader0.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    again = [line.replace('"3.', '"again 3.') for line in lines[2:4]]
+    path.write_text("".join(lines + again))
+    assert list(read_ledger(tmp_path)) == [1, 2, 3, 4]
+    assert read_ledger(tmp_path)[3].rows[0] == ["again 3.0"]
+
+
 def test_what_was_left_out_is_in_the_ledger_and_ids_are_named_with_their_file(tmp_path):
     rows = [row("a:0:1", "b:0:2", skipped=["a:0:7"]), row("a:0:3")]
     assert sample_ids(rows) == [["a:0:1", "b:0:2"], ["a:0:3"]]
@@ -121,6 +131,14 @@ def mixed(tmp_path):
     }
 
 
+def part(output, end, settings):
+    """A run, killed after step `end`."""
+    if end is None:
+        assert run(output, **settings) == 0
+    else:
+        run_killed(output, end, **settings)
+
+
 def source_figures(output):
     """By step, what the metrics say of the sources."""
     lines = (output / "metrics.jsonl").read_text().splitlines()
@@ -142,13 +160,14 @@ def test_killed_and_resumed_on_other_meshes_ledger_and_figures_are_those_of_one_
     assert len(set(used + left_out)) == len(used + left_out)
     assert left_out and set(left_out) <= {f"b:{epoch}:6" for epoch in range(99)}
 
-    parts = {"parallelism__pp": "2", "training__micro_batch_size": "1"}
-    tp = {"parallelism__tp": "2"}
     here = tmp_path / "parts"
-    world.run(2, run_killed, here, 5, **mixed)  # checkpoint of step 3; 4 and 5 run again
-    world.run(4, run_killed, here, 7, **mixed | parts)  # two readers, of two stages
-    world.run(2, run, here, **mixed | tp)  # one reader
+    world.run(2, part, here, 5, mixed)  # steps 4 and 5 come after its last checkpoint
+    world.run(4, part, here, 7, mixed | {"parallelism__pp": "2"})  # two readers, of two ranks each
+    world.run(2, part, here, None, mixed | {"parallelism__tp": "2"})  # one reader, of two ranks
     assert read_ledger(here) == ledger
+    files = {path.name: path.read_text() for path in (here / "ledger").iterdir()}
+    assert [files[f"reader{k}.jsonl"].count("\n") for k in (0, 1)] == [9, 6]
+    assert len(files) == 2
 
     whole, again = source_figures(tmp_path / "whole"), source_figures(here)
     assert whole.keys() == again.keys()
@@ -160,7 +179,7 @@ def test_killed_and_resumed_on_other_meshes_ledger_and_figures_are_those_of_one_
 
 
 def test_losses_of_sources_are_their_shares_of_the_loss(tmp_path, mixed):
-    run(tmp_path, **mixed, **{"metrics__log_every": "2", "training__steps": "4"} | {})
+    run(tmp_path, **mixed | {"metrics__log_every": "2", "training__steps": "4"})
     figures = source_figures(tmp_path)
     assert list(figures) == [2, 4]
     losses = {step: loss for step, loss, _ in curve(tmp_path)}

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from titan_vlm.training.loss import chunked_cross_entropy
+from titan_vlm.training.loss import Tally, chunked_cross_entropy
 
 ROWS, SEQUENCE, WIDTH, VOCAB = 2, 13, 8, 37
 
@@ -40,6 +40,25 @@ def test_loss_and_gradients_equal_cross_entropy_for_every_chunk_size(chunk_token
     torch.testing.assert_close(loss, expected, rtol=1e-13, atol=1e-13)
     for grad, want in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(grad, want, rtol=1e-12, atol=1e-13)
+
+
+def test_a_tally_has_the_loss_and_the_targets_of_every_group():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(3, 7, 8).double(), torch.randn(11, 8).double()
+    labels = torch.randint(0, 11, (3, 7)).where(torch.rand(3, 7) < 0.7, -100)
+    group = torch.randint(0, 3, (3, 7))  # of 4, one of which has no token
+    sums = torch.zeros(2, 4, dtype=torch.float64)
+    whole = chunked_cross_entropy(hidden, weight, labels, 4, Tally(group, sums))
+    for g in range(4):
+        mine = labels.where(group == g, -100)
+        logits = hidden.flatten(0, 1) @ weight.T
+        expected = F.cross_entropy(logits, mine.flatten(), ignore_index=-100, reduction="sum")
+        torch.testing.assert_close(sums[0, g], expected, rtol=1e-12, atol=1e-12)
+        assert sums[1, g] == (mine != -100).sum()
+    assert sums[1, 3] == 0
+    torch.testing.assert_close(sums[0].sum(), whole)
+    chunked_cross_entropy(hidden, weight, labels, 4, Tally(group, sums))
+    torch.testing.assert_close(sums[0].sum(), 2 * whole)  # of all micro-batches
 
 
 def test_large_logits_do_not_overflow():

@@ -114,8 +114,7 @@ def read_ledger(directory: str | Path) -> dict[int, Step]:
         raise DataError(f"{directory}: no ledger/reader0.jsonl; set data.ledger = true")
     lines: dict[int, dict[int, dict]] = {}
     for reader, path in sorted(files.items()):
-        for number, line in enumerate(_complete_lines(path), start=1):
-            record = _record(line, f"{path}:{number}")
+        for record in _last_lineage(path):
             lines.setdefault(record["step"], {})[reader] = record
     steps = {}
     for step, by_reader in sorted(lines.items()):
@@ -133,9 +132,17 @@ def ledger_files(directory: str | Path) -> dict[int, Path]:
     return {int(match[1]): path for path in found if (match := _FILE.fullmatch(path.name))}
 
 
-def _complete_lines(path: Path) -> list[str]:
-    """Without a last one that has no end: the process died while it wrote it."""
-    return path.read_text(encoding="utf-8").split("\n")[:-1]
+def _last_lineage(path: Path) -> list[dict]:
+    """The lines without a last one that has no end (the process died while it wrote it), and
+    without steps that ran again behind them."""
+    kept: list[dict] = []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    for number, line in enumerate(lines, start=1):
+        record = _record(line, f"{path}:{number}")
+        while kept and kept[-1]["step"] >= record["step"]:
+            kept.pop()
+        kept.append(record)
+    return kept
 
 
 def _record(line: str, where: str) -> dict:
