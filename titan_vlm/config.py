@@ -118,7 +118,7 @@ class Data(Samples):
         1.0,
         "With data.sources that have no weights: their shares go as samples ^ (1 / this); 1 takes "
         "them as large as they are, more evens them out.",
-        above=0,
+        at_least=0.1,
     )
     ledger: bool = setting(
         False, "Write the ids of the samples of every step into output_dir/ledger."

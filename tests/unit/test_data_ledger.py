@@ -190,6 +190,7 @@ def test_losses_of_sources_are_their_shares_of_the_loss(tmp_path, mixed):
 
 def test_a_run_whose_epochs_are_read_ends_saved_and_goes_on_with_more(tmp_path, mixed, capfd):
     epochs = {"data__sources": mixed["data__sources"].replace("weight", "epochs = 1, weight")}
+    mixed["checkpoint__every"] = "0"
     assert run(tmp_path, **mixed | epochs | {"training__steps": "99"}) == 2
     error = next(x for x in capfd.readouterr().err.splitlines() if x.startswith("error"))
     step = curve(tmp_path)[-1][0]
@@ -197,6 +198,7 @@ def test_a_run_whose_epochs_are_read_ends_saved_and_goes_on_with_more(tmp_path, 
         f"error: after step {step} every source is through its epochs (a 1 x 23, b 1 x 7 samples); "
     )
     assert error.endswith(f"or set training.steps = {step}")
+    assert (tmp_path / "checkpoints" / f"step-{step:06d}").exists()
     used = [i for s in read_ledger(tmp_path).values() for r in s.rows for i in r]
     assert sorted(used) == sorted([f"a:0:{k}" for k in range(23)] + [f"b:0:{k}" for k in range(6)])
     assert run(tmp_path, **mixed | epochs | {"training__steps": str(step)}) == 0  # is complete

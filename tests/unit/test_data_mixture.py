@@ -15,9 +15,11 @@ from titan_vlm.data.images import visual_spec
 from titan_vlm.data.loader import PackedRows, RowLoader, merge_states
 from titan_vlm.data.mixture import EpochOrder, Member, Mixture, Turns, build_mixture
 from titan_vlm.data.packing import Shard
+from titan_vlm.data.rows import collate
 from titan_vlm.data.sample import RawSample, text_part
 from titan_vlm.data.tokenizer import load_tokenizer
 from titan_vlm.errors import ConfigError, DataError
+from titan_vlm.training.by_source import source_of_tokens
 
 SPEC = visual_spec(Data(min_pixels=1024))
 
@@ -264,12 +266,11 @@ PARTS = [
 
 
 @pytest.mark.parametrize("parts", PARTS)
-@pytest.mark.parametrize("first", [4, 36])
+@pytest.mark.parametrize("stops", [(4, 24, 56, 76), (36, 40, 44, 76)])
 def test_resumed_three_times_on_other_ranks_and_workers_the_rows_are_the_same(
-    whole, tokenizer, parts, first
+    whole, tokenizer, parts, stops
 ):
     by, rows = whole
-    stops = [first, first + 20, first + 52, first + 72]
     state, at, got = None, 0, []
     for (ranks, workers), stop in zip(parts, stops, strict=True):
         loaders = [loader(tokenizer, three(by=by), r, ranks, workers) for r in range(ranks)]
@@ -310,6 +311,28 @@ def test_a_source_through_its_epochs_leaves_its_share_to_the_others_in_proportio
     assert names.count("c") == 8 and "c" not in names[60:]
     after = Counter(names[60:])
     assert after["a"] / (after["a"] + after["b"]) == pytest.approx(0.75, abs=0.02)
+
+
+def test_a_source_of_which_half_is_bad_has_its_share_of_what_is_used(tokenizer):
+    half = Member("a", Numbers("a", 40, bad=range(0, 40, 2)), 1)
+    other = Member("b", Numbers("b", 40), 1)
+    alone = loader(tokenizer, Mixture([half, other], 0, "samples"))
+    names = Counter(id[0] for _ in range(60) for id in next(alone).sample_ids)
+    assert names["a"] / names.total() == pytest.approx(0.5, abs=0.02)
+
+
+def test_every_token_of_a_batch_knows_its_source(tokenizer):
+    alone = loader(tokenizer, three())
+    rows = [next(alone) for _ in range(4)]
+    source_BS = source_of_tokens(collate(rows))
+    seen = set()
+    for row, source_S in zip(rows, source_BS.tolist(), strict=True):
+        at = 0
+        for id, length in zip(row.sample_ids, row.doc_lens, strict=False):
+            assert {"abc"[k] for k in source_S[at : at + length]} == {id[0]}
+            seen.add(id[0])
+            at += length
+    assert seen == set("abc")
 
 
 def test_when_all_epochs_are_read_every_sample_was_met_and_rows_are_empty(tokenizer):

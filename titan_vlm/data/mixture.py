@@ -148,8 +148,8 @@ class Turns:
         self.samples = 0  # so far, of all members; and their tokens, or also samples
         self.amount = 0
         shares = self.shares()
-        round_of_all = min(math.ceil(1 / min(shares.values())), MAX_ROUND) if shares else 0
-        for _ in range(int(round_of_all * (number * GOLDEN_RATIO % 1))):
+        rarest = max(min(shares.values(), default=1), 1 / MAX_ROUND)
+        for _ in range(int(number * GOLDEN_RATIO % 1 / rarest)):
             self._pay(self._most_due(shares, 1), shares, 1)
 
     def next(self) -> tuple[int, int] | None:
