@@ -285,6 +285,23 @@ def test_resumed_three_times_on_other_ranks_and_workers_the_rows_are_the_same(
     assert_same(got, rows[: stops[-1]])
 
 
+@pytest.mark.parametrize("by", ["samples", "tokens"])
+def test_a_shard_that_was_restored_has_the_state_that_it_was_given(by):
+    members = [Member(name, range(97), weight) for name, weight in WEIGHTS.items()]
+
+    def make():
+        mixture = Mixture(members, 0, by)
+        return Shard(3, 8, mixture, lambda *place: samples_of(mixture, *place), 64, window=16)
+
+    shard = make()
+    for _ in range(40):
+        shard.next_row()
+        again = make()
+        again.load_state_dict(shard.state_dict())
+        assert again.state_dict() == shard.state_dict()
+        assert {member for member, _ in shard.state_dict()["pending"]} != {0}
+
+
 def test_resumed_at_a_row_in_which_an_epoch_begins_the_rows_are_the_same(whole, tokenizer):
     by, rows = whole
     around = sorted({i + d for i in seams(rows) for d in (0, 1) if 0 < i + d < 170})
