@@ -3,9 +3,9 @@
 A stack of linear layers of `--parameters` million float32 numbers with AdamW, so that a checkpoint
 has three numbers for each. One process, one thread. Three measurements, taken in turn:
 
-    steps       without any save, and with an asynchronous save begun before the first of `--around`
-                steps: staging is in the first, writing beside the others
-    save        synchronous, by the trainer's Checkpointer: files, checksums, fsync, manifest, rename
+    steps       without any save, and with an asynchronous save begun before the first of
+                `--around` steps: staging is in the first, writing beside the others
+    save        synchronous, by the trainer's Checkpointer: files, checksums, fsync, rename
     torch.save  the same tensors in one file, and the same with fsync
 
 Figures are medians over `--rounds`; the last line is one JSON object.
@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import nn
@@ -71,19 +72,20 @@ def main() -> None:
 def measure(arguments: argparse.Namespace, folder: Path) -> dict:
     toy = Toy(arguments.parameters, arguments.rows)
     toy.step()
+    state = toy.model, toy.optimizer, {}
     sync = Checkpointer(folder / "sync", Checkpoint(keep_latest_k=1))
     beside = Checkpointer(folder / "async", Checkpoint(keep_latest_k=1, async_save=True))
     plain, saving, staging, rest = [], [], [], []
     times: dict[str, list[float]] = {"save": [], "torch.save": [], "torch.save, fsync": []}
     for number in range(1, arguments.rounds + 1):
         plain += [timed(toy.step) for _ in range(arguments.around)]
-        staging.append(timed(lambda: beside.save(number, toy.model, toy.optimizer, {})))
+        staging.append(timed(beside.save, number, *state))
         first = timed(toy.step)
         saving += [staging[-1] + first] + [timed(toy.step) for _ in range(arguments.around - 1)]
         rest.append(timed(beside.wait))
-        times["save"].append(timed(lambda: sync.save(number, toy.model, toy.optimizer, {})))
+        times["save"].append(timed(sync.save, number, *state))
         for name, fsync in (("torch.save", False), ("torch.save, fsync", True)):
-            times[name].append(timed(lambda: save_plainly(toy, folder / "plain.pt", fsync)))
+            times[name].append(timed(save_plainly, toy, folder / "plain.pt", fsync))
     sync.close()
     beside.close()
     size = sum(path.stat().st_size for path in (folder / "sync").rglob("*.distcp"))
@@ -111,9 +113,9 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict:
     return figures
 
 
-def timed(action: Callable[[], None]) -> float:
+def timed(action: Callable[..., None], *arguments: Any) -> float:
     start = time.perf_counter()
-    action()
+    action(*arguments)
     return time.perf_counter() - start
 
 

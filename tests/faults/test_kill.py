@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from tests.small_run import curve, weights
+from titan_vlm.config import Checkpoint
 from titan_vlm.data.ledger import read_ledger
 from titan_vlm.training.checkpoint import Checkpointer
-from titan_vlm.config import Checkpoint
 
 ROOT = Path(__file__).parents[2]
 # Many saves, of which few are kept, and a validation: many places to die in.
