@@ -4,9 +4,13 @@ Takes torchrun's own arguments and runs torchrun's own main. A worker's stderr a
 went wrong, so torchrun's traceback about its child only buries it. Here the launcher exits with
 that worker's code (2: the user's mistake, said in one line; 128 + n: killed by signal n) and speaks
 only where the reason was not seen: another rank than those shown failed, or a signal ended it.
+
+Signals go through here too (`titan_vlm/launched.py`): SIGTERM, SIGUSR1, SIGINT and SIGHUP have the
+trainers save and end, for which they have STOP_GRACE_S seconds, and then the status is 75.
 """
 
 import logging
+import os
 import signal
 import sys
 
@@ -14,22 +18,28 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import main, parse_args
 
+from titan_vlm.launched import STOPPED, Workers
+
 USER_ERROR = 2
+GRACE_S = 1800
 
 
 def launch(argv: list[str]) -> int:
     # Says "failed (exitcode: 2) local_rank: 0 ..." for what `explain` says once and better.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    workers = Workers(grace_s=int(os.environ.get("STOP_GRACE_S", GRACE_S)))
     try:
-        main(argv)
+        with workers:
+            main(["--signals-to-handle", "SIGQUIT", *argv])  # its own way with the others is off
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         explain(rank, failure, parse_args(argv).local_ranks_filter)
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     except SignalException as stop:
-        print(f"stopped by {stop.sigval.name}", file=sys.stderr)
-        return 128 + stop.sigval
-    return 0
+        number = signal.Signals(workers.signal or stop.sigval)
+        print(f"stopped by {number.name}", file=sys.stderr)
+        return STOPPED if workers.stopped else 128 + number
+    return STOPPED if workers.stopped else 0
 
 
 def explain(rank: int, failure: ProcessFailure, shown_ranks: str) -> None:

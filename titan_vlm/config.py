@@ -173,6 +173,12 @@ class Training:
     freeze: list[str] = setting(
         [], "Branches (vision, projector, text) or parameter-name patterns that do not train."
     )
+    max_hours: float = setting(
+        0.0,
+        "Hours after which the run saves and exits with status 75: the same command goes on. Leave "
+        "room for a step and the save; 0: no limit.",
+        at_least=0,
+    )
     loss_chunk_tokens: int = setting(
         512, "Tokens whose logits exist at a time in the loss; bounds its memory.", at_least=1
     )

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.distributed_c10d import _get_default_store
 
-from titan_vlm import flight_recorder
+from titan_vlm import events, flight_recorder
 from titan_vlm.distributed import world_size
 
 POLL_S = 1.0
@@ -97,6 +97,7 @@ class Watch:
             said = self._report(store)
         except Exception as error:
             said = f"a collective took longer than comm.timeout_s = {self.timeout_s:g} s: {error}"
+        events.write("stop", step=self.step, reason="error", error=said)
         try:
             print(f"error: {said}", file=sys.stderr, flush=True)
             sys.stdout.flush()

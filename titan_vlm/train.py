@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from titan_vlm import distributed
+from titan_vlm import distributed, events, launched, run_dir
 from titan_vlm.assembly import Parts, assemble, export
 from titan_vlm.config import Config, config_from_args, config_to_toml
 from titan_vlm.conflicts import holds_out_digits, is_same_data
@@ -50,6 +50,7 @@ from titan_vlm.training.loss import chunked_cross_entropy
 from titan_vlm.training.metrics import MetricsLogger
 from titan_vlm.training.optimizer import build_optimizer, clip_grad_norm, freeze_parameters
 from titan_vlm.training.schedule import set_learning_rates
+from titan_vlm.training.stop import Stop
 
 logger = logging.getLogger("titan_vlm")
 REFUSAL_S = 5.0  # how long other ranks leave to the one whose output is seen
@@ -59,11 +60,12 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 @record  # torchrun shows the traceback of a rank whose output it hides
 def main(argv: list[str]) -> int:
     """Exit status: 0 when the run is complete, 2 when the user must change something, 1 when a
-    rank did not arrive at a collective."""
+    rank did not arrive at a collective, 75 when it was stopped and the same command goes on."""
     try:
         config = config_from_args(argv)
-        with Watch(config.comm.timeout_s, Path(config.run.output_dir) / "flight_recorder") as watch:
-            train(config, watch)
+        watch = Watch(config.comm.timeout_s, Path(config.run.output_dir) / "flight_recorder")
+        with run_dir.told(), Stop(config.training.max_hours) as stop, watch:
+            train(config, watch, stop)
     except (ConfigError, DataError, NumericsError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         if distributed.is_hidden_rank():  # torchrun ends all with the first, so let the seen one be
@@ -72,10 +74,10 @@ def main(argv: list[str]) -> int:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 0
+    return launched.end(stopped=bool(stop.reason))
 
 
-def train(config: Config, watch: Watch) -> None:
+def train(config: Config, watch: Watch, stop: Stop) -> None:
     """Train as `config` says, from wherever `run.output_dir` left off."""
     run = prepare(config)
     encoder = Encoder(run.parts.tokenizer, run.parts.images)
@@ -93,7 +95,7 @@ def train(config: Config, watch: Watch) -> None:
     )
     if run.step >= config.training.steps:
         logger.info("this run is finished: step %d of %d", run.step, config.training.steps)
-    while run.step < config.training.steps:
+    while run.step < config.training.steps and not stop.agreed(run.step):
         watch.step = run.step + 1
         try:
             train_step(run, metrics)
@@ -102,17 +104,23 @@ def train(config: Config, watch: Watch) -> None:
             run.checkpointer.wait()
             raise
         last = run.step == config.training.steps
-        if validator and (last or due(run.step, config.eval.every)):
+        if validator and (last or (due(run.step, config.eval.every) and not stop.agreed(run.step))):
             validate(run, validator, metrics)
         if last or due(run.step, config.checkpoint.every):
             with metrics.pause():
                 save(run, must=last)
+    if stop.reason and run.step:
+        save(run)
     run.checkpointer.close()
     run.loader.close()
     if run.ledger:
         run.ledger.close()
     metrics.close()
-    export_hf(run)
+    if stop.reason:
+        logger.info("stopped after step %d (%s); the same command goes on", run.step, stop.reason)
+    else:
+        export_hf(run)
+    events.write("stop", step=run.step, **stop.outcome())
 
 
 def prepare(config: Config) -> "Run":
@@ -124,7 +132,7 @@ def prepare(config: Config) -> "Run":
     device = distributed.start(config.run.device, config.comm)
     mesh = build_mesh(device.type, plan.degrees, config.parallelism.expert_parallel_over_tp)
     output = Path(config.run.output_dir)
-    open_run_dir(output)
+    run_dir.open_run_dir(output, plan.degrees)
     for group in mesh.across_nodes(distributed.processes_per_node()):
         logger.info("the group %s crosses nodes: each of its exchanges takes the network", group)
 
@@ -133,6 +141,7 @@ def prepare(config: Config) -> "Run":
         config.checkpoint,
         config.guards.max_failed_saves,
         about={"mesh": plan.degrees, "config": config_to_toml(config)},
+        tell=events.write,
     )
     resume_from = checkpointer.find()
     whole = build_model(parts, config)
@@ -161,7 +170,8 @@ def prepare(config: Config) -> "Run":
     if config.data.ledger and rank(mesh.pp) == rank(mesh.tp) == 0:  # of those with the same rows
         run.ledger = Ledger(output, reader, readers, run.step)
     place_experts(run)
-    write_config(output, config)  # last: a run that is refused must not change the one it met
+    # Last, for a run that is refused must not change the one it met.
+    run_dir.describe(output, config, plan.degrees)
     return run
 
 
@@ -340,28 +350,6 @@ def validate(run: Run, validator: Validator, metrics: MetricsLogger) -> Result:
 # ---------------------------------------------------------------------------- setting up
 
 
-def open_run_dir(output: Path) -> None:
-    """Make `run.output_dir`, and let rank 0 speak for all."""
-    if dist.get_rank() == 0:
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"run.output_dir = {output}: {error.strerror}") from error
-    logging.basicConfig(
-        level=logging.INFO if dist.get_rank() == 0 else logging.WARNING,
-        format="%(levelname)s %(message)s",
-    )
-
-
-def write_config(output: Path, config: Config) -> None:
-    """Leave the resolved configuration with the run."""
-    if dist.get_rank() == 0:
-        try:
-            (output / "config.toml").write_text(config_to_toml(config))
-        except OSError as error:
-            raise ConfigError(f"run.output_dir = {output}: {error.strerror}") from error
-
-
 def build_model(parts: Parts, config: Config) -> nn.Module:
     """The model on the meta device: it has no memory until it is sharded, so that no rank ever
     holds the whole."""
@@ -433,6 +421,7 @@ def resume(run: Run, step: int | None) -> None:
         for rank in ranks:
             routing.add_counters(run.model, rank["routing"])
     run.step = step
+    events.write("resume", step=step, mesh=dict(run.mesh.degrees), ranks_saved=len(ranks))
     logger.info("resumed at step %d", step)
 
 

@@ -30,6 +30,7 @@ from titan_vlm.data.images import VisualSpec
 from titan_vlm.data.mixture import Mixture, build_mixture
 from titan_vlm.data.packing import Counts, Shard
 from titan_vlm.data.rows import Row, make_row
+from titan_vlm.data.workers import shield
 from titan_vlm.errors import ConfigError, DataError
 
 SHARDS = "shards"  # marks our part of a snapshot, wherever torchdata keeps it
@@ -97,6 +98,7 @@ class RowLoader:
                 batch_size=None,
                 num_workers=self.num_workers,  # each runs a single torch thread
                 collate_fn=as_is,
+                worker_init_fn=shield,
                 snapshot_every_n_steps=1,
                 # Its seed must not come from the generator that a checkpoint restores.
                 generator=torch.Generator(),

@@ -1,0 +1,82 @@
+"""What happened to a run, one line each: `events.jsonl` in its directory.
+
+    {"time": "2026-01-31T12:00:00.000+00:00", "step": 120, "kind": "save", "seconds": 3.1, ...}
+
+    kind        further fields             said when
+    start       mesh, ranks                a process of this run begins
+    restart     count                      and torchrun had to start it again
+    resume      mesh, ranks_saved          training goes on from a checkpoint of this step
+    save        seconds, bytes             this step was saved
+    signal      signal                     the ranks have agreed to stop for it
+    stop        reason, signal or error    it ended: finished, signal, max_hours or error
+    skip, spike, rollback, failed_save, damaged      by checkpoint and guards
+
+Rank 0 writes, the others' calls do nothing, and so do those outside a run. The file is only ever
+appended to: a run that goes back to an older step has its detours in it.
+"""
+
+import json
+import logging
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+logger = logging.getLogger("titan_vlm")
+NAME = "events.jsonl"
+_lock = threading.Lock()  # checkpoints, signals and hangs have threads
+_file: TextIO | None = None
+
+
+def open_for(directory: str | Path) -> None:
+    """From now on `write` appends to `directory`/events.jsonl.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    global _file
+    close()
+    path = Path(directory) / NAME
+    before = path.read_bytes() if path.exists() else b""
+    _file = path.open("a")
+    if before and not before.endswith(b"\n"):  # killed while writing: begin another line
+        _file.write("\n")
+
+
+def write(kind: str, step: int | None = None, **fields: Any) -> None:
+    """Say that something happened. A full disk is a warning: it must not end the run."""
+    record = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "step": step}
+    line = json.dumps(record | {"kind": kind} | fields, default=str)
+    with _lock:
+        if _file is not None:
+            try:
+                _file.write(line + "\n")
+                _file.flush()
+            except OSError as error:
+                logger.warning("%s: %s", NAME, error.strerror)
+
+
+def close() -> None:
+    """From now on `write` does nothing."""
+    global _file
+    with _lock:
+        if _file is not None:
+            _file.close()
+        _file = None
+
+
+def read(directory: str | Path) -> list[dict[str, Any]]:
+    """The events of a run, oldest first; none where there is no file. Lines that a killed process
+    left half written are skipped."""
+    path = Path(directory) / NAME
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and "kind" in event:
+            found.append(event)
+    return found

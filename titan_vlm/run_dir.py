@@ -1,0 +1,120 @@
+"""What a run leaves about itself in `run.output_dir`, beside metrics and checkpoints.
+
+config.toml        the resolved configuration
+run.json           the newest start: versions, commit, mesh, where it runs
+events.jsonl       what happened: `events.py`
+logs/rank<r>.log   of each rank: what logging says, warnings, uncaught exceptions
+"""
+
+import json
+import logging
+import os
+import platform
+import subprocess
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from titan_vlm import __version__, events, logs
+from titan_vlm.config import Config, config_to_toml
+from titan_vlm.errors import ConfigError
+
+PACKAGES = ("torch", "torchdata", "transformers", "tokenizers", "torchao", "safetensors", "numpy")
+
+
+def open_run_dir(output: Path, degrees: Mapping[str, int]) -> None:
+    """Make `run.output_dir`, begin its log and its events, and let rank 0 speak for all."""
+    rank = dist.get_rank()
+    try:
+        (output / "logs").mkdir(parents=True, exist_ok=True)
+        logs.begin(output / "logs" / f"rank{rank}.log", is_shown=rank == 0)
+        if rank == 0:
+            events.open_for(output)
+    except OSError as error:
+        raise ConfigError(f"run.output_dir = {output}: {error.strerror}") from error
+    events.write("start", mesh=dict(degrees), ranks=dist.get_world_size())
+    if restarts := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        events.write("restart", count=restarts)
+
+
+def describe(output: Path, config: Config, degrees: Mapping[str, int]) -> None:
+    """Leave the resolved configuration and `run.json` with the run."""
+    if dist.get_rank() != 0:
+        return
+    about = {
+        "model": config.model.name,
+        "flavor": config.model.flavor,
+        "steps": config.training.steps,
+        "mesh": dict(degrees),
+        "ranks": dist.get_world_size(),
+        "versions": _versions(),
+        "git": git_commit(Path(__file__).parent),
+        "host": platform.node(),
+        "pid": os.getpid(),
+    }
+    try:
+        (output / "config.toml").write_text(config_to_toml(config))
+        temporary = output / ".run.json"
+        temporary.write_text(json.dumps(about, indent=2) + "\n")
+        temporary.rename(output / "run.json")
+    except OSError as error:
+        raise ConfigError(f"run.output_dir = {output}: {error.strerror}") from error
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Around a run: an exception that ends it goes into its log and its events, which end here."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, SystemExit):
+            raise
+        line = " ".join(f"{type(error).__name__}: {error}".split())
+        events.write("stop", reason="error", error=line[:500])
+        logs.write(logging.ERROR, "".join(traceback.format_exception(error)).rstrip())
+        raise
+    finally:
+        events.close()
+        logs.end()
+
+
+# ---------------------------------------------------------------------------- run.json
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"titan_vlm": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found | {"cuda": torch.version.cuda}
+
+
+def git_commit(folder: Path) -> dict[str, Any] | None:
+    """The commit that the program in `folder` is of, and whether its files differ from it (dirty);
+    None where it is not in a repository, or git is not there."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *words],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
+        return done.stdout.strip()
+
+    try:
+        if not git("ls-files"):  # installed below somebody else's repository
+            return None
+        changes = git("status", "--porcelain", "--untracked-files=no")
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changes)}
+    except (OSError, subprocess.SubprocessError):
+        return None
