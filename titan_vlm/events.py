@@ -3,7 +3,7 @@
     {"time": "2026-01-31T12:00:00.000+00:00", "step": 120, "kind": "save", "seconds": 3.1, ...}
 
     kind        further fields             said when
-    start       mesh, ranks                a process of this run begins
+    start       mesh, ranks, host, pid     a process of this run begins
     restart     count                      and torchrun had to start it again
     resume      mesh, ranks_saved          training goes on from a checkpoint of this step
     save        seconds, bytes             this step was saved

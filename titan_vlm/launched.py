@@ -18,8 +18,10 @@ import os
 import signal
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
@@ -54,6 +56,23 @@ def end(stopped: bool) -> int:
     return STOPPED if stopped and not _folder() else 0
 
 
+def has_failed_peer() -> bool:
+    """Whether a trainer of this node is gone and has not told its end: then a SIGTERM is
+    torchrun's, which ends the others."""
+    return any(
+        worker["state"] == "running" and not _is_there(worker["pid"])
+        for worker in (_told(folder) if (folder := _folder()) else [])
+    )
+
+
+def _is_there(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def _folder() -> Path | None:
     folder = os.environ.get(FOLDER)
     return Path(folder) if folder and os.path.isdir(folder) else None
@@ -71,6 +90,10 @@ def _write(file: Path, text: str) -> None:
     temporary = file.with_name(f".{file.name}")
     temporary.write_text(text)
     temporary.rename(file)
+
+
+def _told(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(file.read_text()) for file in sorted(folder.glob("rank*"))]
 
 
 # ---------------------------------------------------------------------------- in the launcher
@@ -105,7 +128,7 @@ class Workers:
 
     def __exit__(self, *_: object) -> None:
         signal.alarm(0)
-        states = [worker["state"] for worker in self._told()]
+        states = [worker["state"] for worker in _told(self._folder)]
         self.stopped = all(s == "stopped" for s in states) and bool(states or self.signal)
         for number in _signals():  # late ones, of who ends all tasks when the first has ended
             signal.signal(number, signal.SIG_IGN)
@@ -116,23 +139,20 @@ class Workers:
             return
         again = bool(self.signal)
         self.signal, self._at = self.signal or number, time.monotonic()
-        workers = self._told()
-        if again or not workers or len(workers) < workers[0]["of"]:
+        workers = _told(self._folder)
+        running = [worker["pid"] for worker in workers if worker["state"] == "running"]
+        # One that is gone has failed, and its successor has not begun.
+        begun = workers and len(workers) >= workers[0]["of"] and all(map(_is_there, running))
+        if again or not begun:
             self._give_up()
         _write(self._folder / "signal", str(int(_passed_on(number))))
-        for worker in workers:
-            if worker["state"] == "running":
-                try:
-                    os.kill(worker["pid"], _passed_on(number))
-                except ProcessLookupError:  # it failed, and its successor has not begun
-                    self._give_up()
+        for pid in running:
+            with suppress(ProcessLookupError):  # it has just ended, and torchrun will notice
+                os.kill(pid, _passed_on(number))
         signal.alarm(self.grace_s)
 
     def _give_up(self) -> None:
         raise SignalException("the launcher got a signal", signal.SIGTERM)
-
-    def _told(self) -> list[dict]:
-        return [json.loads(file.read_text()) for file in sorted(self._folder.glob("rank*"))]
 
 
 def _signals() -> list[int]:

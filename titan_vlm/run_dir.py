@@ -1,9 +1,11 @@
 """What a run leaves about itself in `run.output_dir`, beside metrics and checkpoints.
 
-config.toml        the resolved configuration
-run.json           the newest start: versions, commit, mesh, where it runs
-events.jsonl       what happened: `events.py`
-logs/rank<r>.log   of each rank: what logging says, warnings, uncaught exceptions
+    config.toml        the resolved configuration
+    run.json           model, mesh, versions and commit of the newest start
+    events.jsonl       what happened: `events.py`
+    logs/rank<r>.log   what logging, warnings and uncaught exceptions said on each rank
+
+Rank 0 writes all but the others' logs.
 """
 
 import json
@@ -38,7 +40,8 @@ def open_run_dir(output: Path, degrees: Mapping[str, int]) -> None:
             events.open_for(output)
     except OSError as error:
         raise ConfigError(f"run.output_dir = {output}: {error.strerror}") from error
-    events.write("start", mesh=dict(degrees), ranks=dist.get_world_size())
+    where = {"host": platform.node(), "pid": os.getpid()}
+    events.write("start", mesh=dict(degrees), ranks=dist.get_world_size(), **where)
     if restarts := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         events.write("restart", count=restarts)
 
@@ -55,8 +58,6 @@ def describe(output: Path, config: Config, degrees: Mapping[str, int]) -> None:
         "ranks": dist.get_world_size(),
         "versions": _versions(),
         "git": git_commit(Path(__file__).parent),
-        "host": platform.node(),
-        "pid": os.getpid(),
     }
     try:
         (output / "config.toml").write_text(config_to_toml(config))

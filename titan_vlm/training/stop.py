@@ -104,6 +104,9 @@ class Stop:
             events.write("stop", step=self._steps, reason="signal", signal=number.name, saved=False)
             sys.stdout.flush()
             os._exit(128 + number)
+        if number == signal.SIGTERM and launched.has_failed_peer():
+            events.write("stop", step=self._steps, reason="error", error="another rank failed")
+            os._exit(128 + number)
         self._at = time.monotonic()
         self._signal = number
         doing = f"finishing step {self._steps + 1}, then saving"
