@@ -63,4 +63,4 @@ fi
 
 # -P: the scripts folder must not shadow modules that torch imports.
 exec "$python" -P "$root/scripts/launch.py" --nnodes "$NNODES" --nproc-per-node "$NGPU" \
-    --local-ranks-filter "$LOG_RANK" --max-restarts "$MAX_RESTARTS" "${meet[@]}" -m titan_vlm.train "$@"
+    --local-ranks-filter "$LOG_RANK" "${meet[@]}" --max-restarts "$MAX_RESTARTS" -m titan_vlm.train "$@"

@@ -59,10 +59,9 @@ def end(stopped: bool) -> int:
 def has_failed_peer() -> bool:
     """Whether a trainer of this node is gone and has not told its end: then a SIGTERM is
     torchrun's, which ends the others."""
-    return any(
-        worker["state"] == "running" and not _is_there(worker["pid"])
-        for worker in (_told(folder) if (folder := _folder()) else [])
-    )
+    folder = _folder()
+    running = [w["pid"] for w in (_told(folder) if folder else []) if w["state"] == "running"]
+    return not all(map(_is_there, running))
 
 
 def _is_there(pid: int) -> bool:

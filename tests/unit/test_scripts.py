@@ -140,6 +140,9 @@ def test_several_nodes_meet_where_they_are_told(launched):
     _, told = launched(*CONFIG, NNODES="2", RDZV_ENDPOINT="host:1", RDZV_ID="job", LOG_RANK="0,3")
     assert "--nnodes 2 --nproc-per-node 1 --local-ranks-filter 0,3" in told
     assert "--rdzv-backend c10d --rdzv-endpoint host:1 --rdzv-id job" in told
+    _, told = launched(*CONFIG, NNODES="2:4", RDZV_ENDPOINT="host:1", MAX_RESTARTS="5")
+    assert "--nnodes 2:4 " in told and "--rdzv-endpoint host:1 " in told
+    assert "--max-restarts 5 " in told
     _, told = launched(*CONFIG, NNODES="2", MASTER_ADDR="host", NODE_RANK="1")
     assert "--node-rank 1 --master-addr host --master-port 29500" in told
 
@@ -149,7 +152,10 @@ def test_several_nodes_meet_where_they_are_told(launched):
     [
         ({"NGPU": "two"}, "NGPU: expected a number of at least 1, got 'two'"),
         ({"NGPU": "0"}, "NGPU: expected a number of at least 1, got '0'"),
-        ({"NNODES": "1:2"}, "NNODES: expected a number"),
+        ({"NNODES": "2:1"}, "NNODES: expected a number of at least 1, or MIN:MAX"),
+        ({"NNODES": "1:2"}, "expected RDZV_ENDPOINT=host:port, where nodes that come and go meet"),
+        ({"MAX_RESTARTS": "-1"}, "MAX_RESTARTS: expected a number, got '-1'"),
+        ({"STOP_GRACE_S": "0"}, "STOP_GRACE_S: expected a number of at least 1, got '0'"),
         ({"LOG_RANK": "a"}, "LOG_RANK: expected local ranks such as 0 or 0,3, got 'a'"),
         (
             {"NNODES": "2"},
@@ -168,12 +174,13 @@ def test_a_wrong_environment_variable_is_one_line_and_code_2(env, said, launched
 # --- scripts/launch.py --------------------------------------------------------------------------
 
 
-def launch(tmp_path, body: str, processes: int = 1) -> subprocess.CompletedProcess:
+def launch(tmp_path, body: str, processes: int = 1, **env) -> subprocess.CompletedProcess:
     worker = tmp_path / "worker.py"
     worker.write_text(f"import os, signal, sys\nrank = int(os.environ['RANK'])\n{body}\n")
     words = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(processes)]
     words += ["--local-ranks-filter", "0", str(worker)]
-    return run(sys.executable, "-P", "scripts/launch.py", *words, OMP_NUM_THREADS="1")
+    env = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | env
+    return run(sys.executable, "-P", "scripts/launch.py", *words, **env)
 
 
 def test_a_users_mistake_in_the_trainer_is_its_one_line_and_code_2(tmp_path):
@@ -202,18 +209,77 @@ def test_a_recorded_traceback_of_a_rank_that_is_not_shown_is_printed(tmp_path):
     assert done.stderr.endswith("error: rank 1 failed (exit code 1); LOG_RANK=1 shows its output\n")
 
 
-def test_a_stopped_run_stops_its_workers_and_says_so(tmp_path):
-    body = """import time
-def stop(*_):
-    print('worker stopped')
-    sys.exit(0)
-signal.signal(signal.SIGTERM, stop)
+# A trainer in small: after `begin` it takes signals; it has the launcher send it some.
+TRAINER = """import time
+from titan_vlm import launched
+got = []
+signal.signal(signal.SIGTERM, lambda *_: got.append('TERM'))
+signal.signal(signal.SIGUSR1, lambda *_: got.append('USR1'))
+def signal_launcher(number, n=1):
+    os.kill(os.getppid(), number)
+    while len(got) < n: time.sleep(0.01)
+"""
+
+
+def test_a_signal_to_the_launcher_reaches_trainers_that_may_take_their_time(tmp_path):
+    for name, reaches in (("SIGUSR1", "USR1"), ("SIGHUP", "TERM")):
+        body = f"""launched.begin()
+signal_launcher(signal.{name})
+time.sleep(2)
+print('saved after', *got)
+sys.exit(launched.end(stopped=True))"""
+        done = launch(tmp_path, TRAINER + body)
+        assert (done.returncode, done.stdout) == (75, f"saved after {reaches}\n")
+        assert done.stderr == ""
+
+
+def test_a_trainer_that_stopped_is_no_failure_and_not_started_again(tmp_path):
+    body = "launched.begin(); print('ran')\nsys.exit(launched.end(stopped=True))"
+    done = launch(tmp_path, TRAINER + body, MAX_RESTARTS="3", PET_MAX_RESTARTS="3")
+    assert (done.returncode, done.stdout, done.stderr) == (75, "ran\n", "")
+
+
+def test_a_trainer_started_again_after_the_signal_knows_of_it(tmp_path):
+    body = """if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
+    launched.begin()
+    signal_launcher(signal.SIGTERM)
+    sys.exit(3)
+print('told', launched.begin())
+sys.exit(launched.end(stopped=True))"""
+    done = launch(tmp_path, TRAINER + body, PET_MAX_RESTARTS="1")
+    assert (done.returncode, done.stdout) == (75, f"told {int(signal.SIGTERM)}\n")
+
+
+@pytest.mark.parametrize("why", ["a second signal", "the grace is over"])
+def test_trainers_that_do_not_end_are_ended(tmp_path, why):
+    again = "time.sleep(1.2); signal_launcher(signal.SIGTERM, 2); sys.exit(9)"
+    wait = "while len(got) < 2: time.sleep(0.1)\nsys.exit(9)"
+    body = "launched.begin()\nsignal_launcher(signal.SIGUSR1)\n"
+    done = launch(tmp_path, TRAINER + body + (again if "signal" in why else wait), STOP_GRACE_S="2")
+    assert done.returncode == 128 + signal.SIGUSR1
+    assert done.stderr.endswith("stopped by SIGUSR1\n")
+
+
+def test_before_the_trainers_have_begun_there_is_nothing_to_save(tmp_path):
+    done = launch(tmp_path, "import time\nos.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(60)")
+    assert done.returncode == 75
+    assert done.stderr.endswith("stopped by SIGTERM\n")
+
+
+def test_one_request_that_comes_twice_is_one(tmp_path):
+    body = """launched.begin()
+signal_launcher(signal.SIGTERM)
 os.kill(os.getppid(), signal.SIGTERM)
-time.sleep(60)"""
-    done = launch(tmp_path, body)
-    assert done.stdout == "worker stopped\n"
-    assert done.stderr.endswith("\nstopped by SIGTERM\n")
-    assert done.returncode == 128 + signal.SIGTERM
+time.sleep(0.5)
+print(*got)
+sys.exit(launched.end(stopped=True))"""
+    done = launch(tmp_path, TRAINER + body)
+    assert (done.returncode, done.stdout) == (75, "TERM\n")
+
+
+def test_a_failure_after_the_signal_stays_a_failure(tmp_path):
+    done = launch(tmp_path, TRAINER + "launched.begin(); signal_launcher(signal.SIGTERM); exit(7)")
+    assert done.returncode == 7
 
 
 def test_success_is_silent(tmp_path):

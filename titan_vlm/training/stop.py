@@ -33,6 +33,7 @@ class Stop:
     def __init__(self, max_hours: float = 0.0):
         self.max_hours = max_hours
         self.reason = ""  # once agreed: a signal's name, or "max_hours"
+        self._began = launched.began()
         self._signal = 0
         self._at = 0.0  # of the signal
         self._steps = -1  # done; before training -1
@@ -69,9 +70,11 @@ class Stop:
 
         Costs an all-reduce of 8 bytes between all ranks, on the host, whatever the device.
         """
-        self._steps = steps
+        is_first, self._steps = self._steps < 0, steps
         wish = self._signal
-        if not wish and 0 < self.max_hours < (time.time() - launched.began()) / 3600:
+        hours = (time.time() - self._began) / 3600
+        # Not before the first step: a limit that is too short must not queue a run for ever.
+        if not wish and 0 < self.max_hours < hours and not is_first:
             wish = MAX_HOURS
         if dist.is_initialized() and dist.get_world_size() > 1:
             wishes = torch.tensor(wish, device="cpu")
