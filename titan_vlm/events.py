@@ -17,6 +17,7 @@ appended to: a run that goes back to an older step has its detours in it.
 
 import json
 import logging
+import os
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,10 +38,12 @@ def open_for(directory: str | Path) -> None:
     global _file
     close()
     path = Path(directory) / NAME
-    before = path.read_bytes() if path.exists() else b""
     _file = path.open("a")
-    if before and not before.endswith(b"\n"):  # killed while writing: begin another line
-        _file.write("\n")
+    if path.stat().st_size:
+        with path.open("rb") as before:
+            before.seek(-1, os.SEEK_END)
+            if before.read() != b"\n":  # killed while writing: begin another line
+                _file.write("\n")
 
 
 def write(kind: str, step: int | None = None, **fields: Any) -> None:

@@ -1,0 +1,181 @@
+"""What a run tells about itself: events.jsonl, run.json, the logs of its ranks."""
+
+import json
+import logging
+import os
+import subprocess
+import threading
+import tomllib
+import warnings
+from pathlib import Path
+
+import pytest
+
+from tests.small_run import run
+from titan_vlm import events, logs, run_dir
+
+SHORT = {"training__steps": "2", "checkpoint__export_hf": "false", "checkpoint__every": "0"}
+
+
+@pytest.fixture(autouse=True)
+def ends():
+    yield
+    events.close()
+    logs.end()
+
+
+def test_events_are_read_as_they_were_written(tmp_path):
+    events.open_for(tmp_path)
+    events.write("save", step=7, seconds=1.5, bytes=12)
+    events.write("stop", reason="finished", where=tmp_path)
+    events.close()
+    save, stop = events.read(tmp_path)
+    assert (save["kind"], save["step"], save["seconds"], save["bytes"]) == ("save", 7, 1.5, 12)
+    assert stop["step"] is None and stop["where"] == str(tmp_path)
+    assert save["time"] <= stop["time"] and save["time"].endswith("+00:00")
+
+
+@pytest.mark.parametrize("torn", ['{"time": "2026', '{"kind": "save", "step": 1}', "\xff[1]"])
+def test_a_line_that_a_killed_process_left_is_no_obstacle(tmp_path, torn):
+    """Whole but for its end, it is kept; what comes next is a line of its own."""
+    (tmp_path / events.NAME).write_text('{"kind": "start", "step": 0}\n' + torn)
+    events.open_for(tmp_path)
+    events.write("resume", step=5)
+    events.close()
+    kinds = [event["kind"] for event in events.read(tmp_path)]
+    assert kinds == ["start", *(["save"] if torn.endswith("}") else []), "resume"]
+
+
+def test_outside_a_run_events_go_nowhere(tmp_path):
+    events.write("save", step=1)
+    assert events.read(tmp_path) == []
+    events.open_for(tmp_path)
+    events.close()
+    events.write("save", step=1)
+    assert events.read(tmp_path) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_a_warning_and_not_the_end(tmp_path, caplog):
+    events.open_for(tmp_path)
+    events._file.close()
+    events._file = open("/dev/full", "w", buffering=1)
+    events.write("save", step=1)
+    assert caplog.messages == ["events.jsonl: No space left on device"]
+    events._file = None  # closing it would try again
+
+
+def test_threads_do_not_tear_each_others_lines(tmp_path):
+    events.open_for(tmp_path)
+    threads = [
+        threading.Thread(target=lambda: [events.write("skip", text="x" * 5000) for _ in range(50)])
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(events.read(tmp_path)) == 200
+
+
+def test_a_run_tells_its_starts_its_saves_and_its_end(tmp_path, monkeypatch):
+    assert run(tmp_path, **SHORT) == 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    assert run(tmp_path, **SHORT | {"training__steps": "3"}) == 0
+    told = events.read(tmp_path)
+    kinds = [event["kind"] for event in told]
+    assert kinds == ["start", "save", "stop", "start", "restart", "resume", "save", "stop"]
+    mesh = dict.fromkeys(("pp", "dp_replicate", "dp_shard", "ep", "tp"), 1)
+    assert (told[0]["mesh"], told[0]["pid"]) == (mesh, os.getpid())
+    assert told[4]["count"] == 2
+    assert (told[5]["step"], told[5]["mesh"], told[5]["ranks_saved"]) == (2, mesh, 1)
+    files = (tmp_path / "checkpoints" / "step-000003").iterdir()
+    assert told[6]["bytes"] == sum(file.stat().st_size for file in files) > 1e6
+    assert told[6]["step"] == 3 and told[6]["seconds"] > 0
+    assert (told[7]["step"], told[7]["reason"]) == (3, "finished")
+
+
+def test_a_refusal_is_told_and_changes_neither_config_nor_run_json(tmp_path):
+    assert run(tmp_path, **SHORT) == 0
+    before = [(tmp_path / name).read_text() for name in ("config.toml", "run.json")]
+    assert run(tmp_path, **SHORT | {"run__seed": "9", "training__steps": "3"}) == 2
+    assert [(tmp_path / name).read_text() for name in ("config.toml", "run.json")] == before
+    stop = events.read(tmp_path)[-1]
+    assert (stop["kind"], stop["reason"]) == ("stop", "error")
+    assert "run.seed = 9" in stop["error"] and "\n" not in stop["error"]
+
+
+def test_run_json_says_what_ran_where(tmp_path):
+    import torch
+
+    assert run(tmp_path, **SHORT) == 0
+    about = json.loads((tmp_path / "run.json").read_text())
+    config = tomllib.loads((tmp_path / "config.toml").read_text())
+    assert about["flavor"] == config["model"]["flavor"] == "debug_moe"
+    assert (about["steps"], about["ranks"], about["mesh"]["dp_shard"]) == (2, 1, 1)
+    assert about["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert about["versions"]["python"] and "torchao" in about["versions"]
+    assert about["versions"]["cuda"] == torch.version.cuda
+
+
+def test_the_commit_is_that_of_the_program_and_dirty_when_its_files_differ(tmp_path):
+    def git(*words):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b.example"]
+        done = subprocess.run(
+            ["git", "-C", tmp_path, *identity, *words], check=True, capture_output=True, text=True
+        )
+        return done.stdout.strip()
+
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "a.py").write_text("1\n")
+    assert run_dir.git_commit(package) is None
+    git("init", "-q")
+    assert run_dir.git_commit(package) is None  # somebody else's repository
+    git("add", ".")
+    git("commit", "-qm", "first")
+    assert run_dir.git_commit(package) == {"commit": git("rev-parse", "HEAD"), "dirty": False}
+    (tmp_path / "runs").mkdir()
+    assert not run_dir.git_commit(package)["dirty"]
+    (package / "a.py").write_text("2\n")
+    assert run_dir.git_commit(package)["dirty"]
+
+
+def test_a_machine_without_git_has_no_commit(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run_dir.git_commit(Path(__file__).parent) is None
+
+
+def test_the_log_of_a_rank_has_messages_warnings_and_exceptions_of_threads(tmp_path, monkeypatch):
+    heard = []
+    monkeypatch.setattr(threading, "excepthook", heard.append)
+    monkeypatch.setattr(warnings, "showwarning", lambda *given: heard.append(given))
+    root, show, hook = logging.getLogger(), warnings.showwarning, threading.excepthook
+    before = root.level, list(root.handlers)
+    logs.begin(tmp_path / "rank1.log", is_shown=False)
+    logging.getLogger("titan_vlm").info("a message")
+    warnings.warn("beware", stacklevel=1)
+
+    def broken():
+        raise KeyError("lost")
+
+    thread = threading.Thread(target=broken, name="writer")
+    thread.start()
+    thread.join()
+    logs.end()
+    logging.getLogger("titan_vlm").warning("too late")
+    text = (tmp_path / "rank1.log").read_text()
+    assert " INFO titan_vlm: a message\n" in text and "UserWarning: beware\n" in text
+    assert "in thread writer" in text and "KeyError: 'lost'" in text
+    assert "too late" not in text and len(heard) == 2  # whoever listened before
+    assert (root.level, list(root.handlers)) == before
+    assert (warnings.showwarning, threading.excepthook) == (show, hook)
+
+
+def test_a_log_is_appended_to(tmp_path):
+    for text in ("first", "second"):
+        logs.begin(tmp_path / "rank0.log", is_shown=True)
+        logs.write(logging.INFO, text)
+        logs.end()
+    lines = (tmp_path / "rank0.log").read_text().splitlines()
+    assert [line.split()[-1] for line in lines] == ["first", "second"]
