@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts.gloo_world import free_port
 from tests.small_run import curve, run, words
 from titan_vlm import events, launched, train
 
@@ -91,6 +92,57 @@ def test_a_save_may_take_longer_than_torchrun_waits(tmp_path):
     stopped(tmp_path, "script", signal.SIGTERM, PYTHONPATH=str(site), **hindered)
 
 
+@pytest.mark.slow
+def test_a_signal_on_one_node_stops_the_others_with_75_too(tmp_path):
+    """And none waits for another's torchrun, as it would for one that a signal has ended."""
+    output, port = tmp_path / "run", str(free_port())
+    settings = words(output, CHANGES | {"training__steps": "1000"})
+    env = {"NNODES": "2", "RDZV_ENDPOINT": f"localhost:{port}", "NGPU": "1", "MAX_RESTARTS": "2"}
+    nodes = [start(settings, env) for _ in range(2)]
+    try:
+        wait_for(lambda: (output / "metrics.jsonl").exists() and curve(output), nodes[0])
+        os.kill(nodes[1].pid, signal.SIGUSR1)
+        since = time.monotonic()
+        said = [node.communicate(timeout=120)[1] for node in nodes]
+        assert time.monotonic() - since < 100  # torchrun waits 300 s for a lost node
+    finally:
+        end(*nodes)
+    assert [node.returncode for node in nodes] == [75, 75], said
+    told = [event["kind"] for event in events.read(output)]
+    assert told == ["start", "signal", "save", "stop"]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_without_a_node_that_is_lost(tmp_path):
+    output, port = tmp_path / "run", str(free_port())
+    changes = {"training__steps": "40", "checkpoint__every": "2", "parallelism__ep": "1"}
+    settings = words(output, CHANGES | changes)
+    env = {"NNODES": "1:2", "RDZV_ENDPOINT": f"localhost:{port}", "NGPU": "1", "MAX_RESTARTS": "3"}
+    first = start(settings, env)
+    time.sleep(3)  # the first has the store
+    second = start(settings, env)
+    try:
+        wait_for(lambda: 2 in ranks(output) and saves(output), first)
+        for pid in [second.pid, *children(second.pid)]:
+            kill(pid)
+        _, said = first.communicate(timeout=240)
+    finally:
+        end(first, second)
+    assert first.returncode == 0, said
+    assert ranks(output)[-1] == 1
+    resumed = [event for event in events.read(output) if event["kind"] == "resume"]
+    assert resumed[-1]["ranks_saved"] == 2 and resumed[-1]["step"] >= 2
+    assert [step for step, *_ in curve(output)] == list(range(1, 41))
+
+
+def ranks(output):
+    return [event["ranks"] for event in events.read(output) if event["kind"] == "start"]
+
+
+def saves(output):
+    return [event["step"] for event in events.read(output) if event["kind"] == "save"]
+
+
 SLOW_SAVE = """
 import importlib.abc, importlib.util, os, sys, time
 class Slow(importlib.abc.MetaPathFinder):
@@ -117,37 +169,50 @@ def stopped(tmp_path, who, number, **env):
     """Start a run of two ranks, signal `who`, and see that it ends well and once only."""
     output = tmp_path / "run"
     settings = words(output, CHANGES | {"training__steps": "1000", "data__num_workers": "1"})
-    env = {"NGPU": "2", "OMP_NUM_THREADS": "1", "MAX_RESTARTS": "2", "TITAN_NO_VENV": "1"} | env
-    with subprocess.Popen(
-        ["./run_train.sh", "--config", "qwen_vlm_moe.toml", *settings],
-        cwd=ROOT,
-        env=os.environ | env | {"TITAN_PYTHON": sys.executable},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as script:
-        try:
-            wait_for(lambda: (output / "metrics.jsonl").exists() and curve(output), script)
-            workers = children(script.pid)
-            assert len(workers) == 2
-            signalled = {
-                "script": [script.pid],
-                "first worker": workers[:1],
-                "last worker": workers[1:],
-                "everybody": [script.pid, *workers, *children(*workers)],
-            }
-            for pid in signalled[who]:
-                os.kill(pid, number)
-            _, said = script.communicate(timeout=90)
-        finally:
-            for pid in [*children(script.pid), script.pid]:
-                kill(pid)
+    script = start(settings, {"NGPU": "2", "MAX_RESTARTS": "2"} | env)
+    try:
+        wait_for(lambda: (output / "metrics.jsonl").exists() and curve(output), script)
+        workers = children(script.pid)
+        assert len(workers) == 2
+        signalled = {
+            "script": [script.pid],
+            "first worker": workers[:1],
+            "last worker": workers[1:],
+            "everybody": [script.pid, *workers, *children(*workers)],
+        }
+        for pid in signalled[who]:
+            os.kill(pid, number)
+        _, said = script.communicate(timeout=90)
+    finally:
+        end(script)
     assert script.returncode == 75, said
     told = events.read(output)
     assert [event["kind"] for event in told] == ["start", "signal", "save", "stop"]
     (folder,) = (output / "checkpoints").iterdir()
     assert folder.name == f"step-{told[-1]['step']:06d}"
+
+
+def start(settings, env):
+    env = {"OMP_NUM_THREADS": "1", "TITAN_NO_VENV": "1", "TITAN_PYTHON": sys.executable} | env
+    return subprocess.Popen(
+        ["./run_train.sh", "--config", "qwen_vlm_moe.toml", *settings],
+        cwd=ROOT,
+        env=os.environ | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def end(*scripts):
+    """Whatever is left of them, which is nothing where all is well."""
+    for script in scripts:
+        for pid in [*children(script.pid), script.pid]:
+            kill(pid)
+        script.wait()
+        script.stdout.close()
+        script.stderr.close()
 
 
 def children(*pids):
