@@ -156,7 +156,7 @@ class Process:
         with tempfile.TemporaryDirectory() as folder:
             path = f"{folder}/saved.pt"
             self.ask(save=path)
-            return torch.load(path)
+            return torch.load(path, weights_only=True)
 
     def close(self) -> None:
         with contextlib.suppress(BrokenPipeError):

@@ -147,6 +147,33 @@ class Data(Samples):
         25165824, "As max_pixels, for a whole video: frames x height x width.", at_least=1
     )
     video_fps: float = setting(2.0, "Frames per second sampled from a video.", above=0)
+    max_image_pixels: int = setting(
+        89_478_485,
+        "Pictures and video frames of more pixels are not decoded; the sample is skipped.",
+        at_least=1,
+        at_most=178_956_970,  # where Pillow itself refuses
+    )
+    max_sample_bytes: int = setting(
+        2**26,
+        "Longer JSONL lines, picture files, members of shards and answers of servers are not read; "
+        "the sample is skipped.",
+        at_least=1,
+    )
+    max_sample_chars: int = setting(
+        4_000_000, "Samples with more characters of text are skipped.", at_least=1
+    )
+    max_sample_parts: int = setting(
+        1000, "Samples with more turns, texts, pictures and frames are skipped.", at_least=1
+    )
+    allow_outside: bool = setting(
+        False, "Read pictures and videos outside of data.image_root, too, when a sample names them."
+    )
+    allow_remote: bool = setting(
+        False, "Fetch pictures that samples name by http(s) URL; private addresses never."
+    )
+    remote_timeout_s: float = setting(
+        10.0, "With allow_remote: seconds until a picture must be there.", above=0, at_most=3600
+    )
     num_workers: int = setting(
         0, "Loader processes per rank; 0 prepares samples in the training process.", at_least=0
     )

@@ -4,11 +4,19 @@ Anything else that is raised is a defect of the program and keeps its traceback.
 """
 
 
+LONGEST = 2000  # characters of a message
+
+
 class _OneLine(ValueError):
-    """A message stays one line whatever a file name, key or value smuggles into it."""
+    """A message stays one printable line, not too long, whatever a file name, key or value
+    smuggles into it (a terminal obeys control characters)."""
 
     def __init__(self, message: str):
-        super().__init__(" ".join(str(message).splitlines()))
+        text = str(message)
+        if len(text) > LONGEST:
+            text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+        text = " ".join(text.splitlines())
+        super().__init__("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text))
 
 
 class ConfigError(_OneLine):

@@ -30,7 +30,8 @@ class Clip:
     def __init__(self, fails=None, widths=(32, 32, 32, 32), **header):
         self.fails, self.widths = fails, widths
         whole = {"frames": 4, "average_rate": 2, "width": 32, "height": 32}
-        self.streams = SimpleNamespace(video=[SimpleNamespace(**whole | header)])
+        stream = SimpleNamespace(codec_context=SimpleNamespace(), **whole | header)
+        self.streams = SimpleNamespace(video=[stream])
 
     def __enter__(self):
         return self
@@ -49,17 +50,18 @@ class Clip:
 
 
 @pytest.fixture
-def opens(monkeypatch):
+def opens(monkeypatch, tmp_path):
     """Makes PyAV open every file as the given clip, or fail with the given error."""
 
     def opens(clip):
-        def open(path):
+        def open(path, options):
             if isinstance(clip, Exception):
                 raise clip
             return clip
 
         monkeypatch.setitem(sys.modules, "av", SimpleNamespace(open=open))
-        return VideoRef("v.mp4", path="v.mp4")
+        (tmp_path / "v.mp4").touch()
+        return VideoRef("v.mp4", path=str(tmp_path / "v.mp4"))
 
     return opens
 

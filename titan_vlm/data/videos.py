@@ -15,7 +15,10 @@ and deviation are scaled to bytes first.
 
 import errno
 import math
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -28,6 +31,12 @@ from titan_vlm.errors import DataError
 
 MIN_FRAMES = 4
 MAX_FRAMES = 768
+MAX_LENGTH = 2_000_000  # frames of a file, all of which are decoded up to the last that is looked at
+# What FFmpeg may take a file for. Play lists and scripts, which it knows too, name other files.
+FORMATS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,mpeg,mpegts,mpegvideo,asf,ogg,gif,webp,apng,"
+    "h264,hevc,m4v,ivf,mxf"
+)
 
 
 @dataclass
@@ -53,15 +62,9 @@ def plan_video(video: VideoRef, spec: VisualSpec) -> VideoPlan:
 
 def prepare_video(video: VideoRef, plan: VideoPlan, spec: VisualSpec) -> np.ndarray:
     """float32 [N, C] of the planned frames."""
-    frames_THWC = load_frames(video, plan.frame_indices)
     _, grid_h, grid_w = plan.grid
     size = (grid_h * spec.patch_size, grid_w * spec.patch_size)
-    if frames_THWC.shape[1:3] != size:
-        frames_TCHW = torch.from_numpy(frames_THWC).permute(0, 3, 1, 2).contiguous()
-        resized = F.interpolate(
-            frames_TCHW, size=size, mode="bicubic", align_corners=False, antialias=True
-        )
-        frames_THWC = resized.permute(0, 2, 3, 1).numpy()
+    frames_THWC = load_frames(video, plan.frame_indices, size)
     if missing := -len(frames_THWC) % spec.temporal_patch_size:
         frames_THWC = np.concatenate([frames_THWC, np.repeat(frames_THWC[-1:], missing, 0)])
     patches_NCtP = byte_patches(frames_THWC, spec.temporal_patch_size, spec)
@@ -123,18 +126,31 @@ def video_header(video: VideoRef, spec: VisualSpec) -> tuple[int, float, int, in
         return len(video.frames), video.fps or spec.video_fps, *video.frames[0].header_size()
     av = import_av()
     try:
-        with av.open(video.path) as container:
+        with open_video(av, video) as container:
             stream = container.streams.video[0]
             # Some containers do not say how many frames they hold: count the packets instead.
-            total = stream.frames or sum(1 for p in container.demux(stream) if p.size)
+            packets = (packet for packet in container.demux(stream) if packet.size)
+            total = stream.frames or sum(1 for _ in islice(packets, MAX_LENGTH + 1))
             rate = float(stream.average_rate or 0)
             width, height = stream.width, stream.height
             if min(total, rate, width, height) <= 0:
                 raise ValueError(f"{total} frames of {width} x {height} at {rate} per second")
+            if total > MAX_LENGTH:
+                raise ValueError(f"more than {MAX_LENGTH} frames")
+            video.limits.check_pixels(width, height)
             return total, rate, width, height
     except Exception as error:  # PyAV has a type for each of FFmpeg's errors, and its own
         raise_machine_trouble_of_video(error)
         raise DataError(f"{video.path}: cannot be read as a video: {error}") from error
+
+
+def open_video(av, video: VideoRef):
+    """A regular file that is a video itself; FFmpeg would also take URLs and pipes for paths."""
+    video.limits.check_file(video.path)
+    return av.open(
+        f"file:{os.path.abspath(video.path)}",
+        options={"format_whitelist": FORMATS, "protocol_whitelist": "file"},
+    )
 
 
 def raise_machine_trouble_of_video(error: Exception) -> None:
@@ -143,34 +159,54 @@ def raise_machine_trouble_of_video(error: Exception) -> None:
         raise_machine_trouble(error)
 
 
-def load_frames(video: VideoRef, indices: list[int]) -> np.ndarray:
-    """uint8 [T, H, W, 3] of the wanted frames, in order."""
+def load_frames(
+    video: VideoRef, indices: list[int], size: tuple[int, int] | None = None
+) -> np.ndarray:
+    """uint8 [T, H, W, 3] of the wanted frames, in order; each resized to `size` (height, width)
+    when it is decoded, so that no more than one is held as it was."""
     if video.path:
         images = decode_frames(video, indices)
     else:
-        images = [video.frames[index].load_rgb() for index in indices]
-    if any(image.size != images[0].size for image in images):
-        raise DataError(f"{video.name}: frames of different sizes")
-    return np.stack([np.asarray(image) for image in images])
+        images = ((index, video.frames[index].load_rgb()) for index in indices)
+    found, first = {}, None
+    for index, image in images:
+        first = first or image.size
+        if image.size != first:
+            raise DataError(f"{video.name}: frames of different sizes")
+        found[index] = resized(np.asarray(image), size)
+    return np.stack([found[index] for index in indices])
 
 
-def decode_frames(video: VideoRef, indices: list[int]) -> list[Image.Image]:
-    """The wanted frames of a file, in RGB."""
-    wanted, found = set(indices), {}
+def resized(frame_HWC: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
+    if size in (None, frame_HWC.shape[:2]):
+        return frame_HWC
+    frame_1CHW = torch.from_numpy(np.array(frame_HWC)).permute(2, 0, 1)[None].contiguous()
+    resized_1CHW = F.interpolate(
+        frame_1CHW, size=size, mode="bicubic", align_corners=False, antialias=True
+    )
+    return resized_1CHW[0].permute(1, 2, 0).numpy()
+
+
+def decode_frames(video: VideoRef, indices: list[int]) -> Iterator[tuple[int, Image.Image]]:
+    """The wanted frames of a file, in RGB, each with its number."""
+    wanted = set(indices)
     av = import_av()
     try:
-        with av.open(video.path) as container:
+        with open_video(av, video) as container:
+            # The size may change on the way: FFmpeg's own limit holds before it decodes.
+            most = {"max_pixels": str(video.limits.max_image_pixels)}
+            container.streams.video[0].codec_context.options = most
             for number, frame in enumerate(container.decode(video=0)):
                 if number in wanted:
-                    found[number] = to_rgb(frame.to_image())
+                    wanted.remove(number)
+                    yield number, to_rgb(frame.to_image())
                 if number >= indices[-1]:
                     break
     except Exception as error:
         raise_machine_trouble_of_video(error)
         raise DataError(f"{video.path}: broken video: {error}") from error
-    if len(found) < len(wanted):
+    if wanted:
         raise DataError(f"{video.path}: broken video: ends before frame {indices[-1]}")
-    return [found[index] for index in indices]
 
 
 def import_av():

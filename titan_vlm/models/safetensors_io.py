@@ -10,6 +10,7 @@ first, then each tensor as it is produced. Neither holds a second copy of the mo
 """
 
 import json
+import reprlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from titan_vlm.errors import ConfigError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+MAX_INDEX_BYTES = 100_000_000  # as the format allows a file's header
 DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -81,12 +83,8 @@ def _files(directory: Path) -> dict[Path, set[str]]:
     """The files to read, each with the names that an index expects in it."""
     index = directory / INDEX
     if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{index} is damaged: {error!r}") from error
         files: dict[Path, set[str]] = {}
-        for name, file in weight_map.items():
+        for name, file in _weight_map(index).items():
             files.setdefault(directory / file, set()).add(name)
         return files
     if (directory / SINGLE).is_file():
@@ -94,11 +92,28 @@ def _files(directory: Path) -> dict[Path, set[str]]:
     raise ConfigError(f"{directory} holds neither {SINGLE} nor {INDEX}")
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name to file name; only files beside the index are ever opened."""
+    try:
+        if index.stat().st_size > MAX_INDEX_BYTES:
+            raise ValueError(f"larger than {MAX_INDEX_BYTES} bytes")
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        if not isinstance(weight_map, dict):
+            raise TypeError(f"weight_map is a {type(weight_map).__name__}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{index} is damaged: {error!r}") from error
+    for file in weight_map.values():
+        plain = isinstance(file, str) and file not in ("", ".", "..")
+        if not plain or not file.isprintable() or set(file) & set("/\\"):
+            raise ConfigError(f"{index} names {reprlib.repr(file)}, which is no file beside it")
+    return weight_map
+
+
 def _open(path: Path):
+    if not path.is_file():  # a pipe could be read for ever
+        raise ConfigError(f"{path} is missing, which {INDEX} names")
     try:
         return safe_open(path, framework="pt")
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path} is missing, which {INDEX} names") from error
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"{path} is damaged or truncated: {error}") from error
 

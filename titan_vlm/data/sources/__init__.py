@@ -14,6 +14,7 @@ import re
 
 from titan_vlm.config import Config, Data
 from titan_vlm.data.digits import DigitsSource
+from titan_vlm.data.limits import limits
 from titan_vlm.data.sources.hf import HfSource
 from titan_vlm.data.sources.jsonl import JsonlSource
 from titan_vlm.data.sources.webdataset import WebDatasetSource
@@ -21,9 +22,15 @@ from titan_vlm.errors import ConfigError
 
 BUILDERS = {
     "digits": lambda data, path, split, seed: DigitsSource(split, seed),
-    "llava": lambda data, path, split, seed: JsonlSource(path, "llava", data.image_root),
-    "openai": lambda data, path, split, seed: JsonlSource(path, "openai", data.image_root),
-    "webdataset": lambda data, path, split, seed: WebDatasetSource(path, data.caption_prompt),
+    "llava": lambda data, path, split, seed: JsonlSource(
+        path, "llava", data.image_root, limits(data)
+    ),
+    "openai": lambda data, path, split, seed: JsonlSource(
+        path, "openai", data.image_root, limits(data)
+    ),
+    "webdataset": lambda data, path, split, seed: WebDatasetSource(
+        path, data.caption_prompt, limits(data)
+    ),
     "hf": lambda data, path, split, seed: HfSource(data, path, split),
 }
 

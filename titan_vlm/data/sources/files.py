@@ -9,13 +9,16 @@ import json
 import os
 from array import array
 from bisect import bisect_right
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
+from titan_vlm.data.limits import DEFAULT, Limits
 from titan_vlm.errors import ConfigError, DataError
 
 # Before a record; some editors begin a file with a byte order mark.
 BLANK = b"\xef\xbb\xbf \t\r\n"
+PIECE = 2**20  # of a line, when lines are looked for
 
 
 def find_files(path: str, suffixes: tuple[str, ...], kind: str) -> list[str]:
@@ -26,8 +29,12 @@ def find_files(path: str, suffixes: tuple[str, ...], kind: str) -> list[str]:
         files = [str(p) for p in Path(path).iterdir() if p.name.endswith(suffixes)]
     else:
         files = [path] if os.path.isfile(path) else glob.glob(path, recursive=True)
+    files = [file for file in files if os.path.isfile(file)]  # a pipe could be read for ever
     if not files:
         raise ConfigError(f"data.path: {path}: no such file, or no {' or '.join(suffixes)} in it")
+    for file in files:
+        if not os.access(file, os.R_OK):
+            raise ConfigError(f"data.path: {file}: no permission to read it")
     return sorted(files)
 
 
@@ -45,22 +52,31 @@ class JsonlFile:
         ConfigError: the file is one JSON array.
     """
 
-    def __init__(self, path: str):
-        self.path = path
+    def __init__(self, path: str, limits: Limits = DEFAULT):
+        self.path, self.limits = path, limits
         self.starts, self.lengths, self.lines = array("Q"), array("Q"), array("Q")
-        offset = 0
+        start = offset = 0
+        number, blank = 1, True
         with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not self.lines and line.lstrip(BLANK).startswith(b"["):
+            # Piece by piece: a line may be longer than memory.
+            for piece in iter(partial(file.readline, PIECE), b""):
+                if not self.lines and blank and piece.lstrip(BLANK).startswith(b"["):
                     raise ConfigError(
                         f"data.path: {path} is one JSON array; write one object per line "
                         f"(jq -c '.[]' {path})"
                     )
-                if not line.isspace():
-                    self.starts.append(offset)
-                    self.lengths.append(len(line))
-                    self.lines.append(number)
-                offset += len(line)
+                blank = blank and piece.isspace()
+                offset += len(piece)
+                if piece.endswith(b"\n"):
+                    self._add(start, offset, number, blank)
+                    start, number, blank = offset, number + 1, True
+        self._add(start, offset, number, blank)
+
+    def _add(self, start: int, end: int, number: int, blank: bool) -> None:
+        if not blank:
+            self.starts.append(start)
+            self.lengths.append(end - start)
+            self.lines.append(number)
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -69,9 +85,11 @@ class JsonlFile:
         return f"{self.path}:{self.lines[index]}"
 
     def record(self, index: int) -> dict:
-        line = read_slice(self.path, self.starts[index], self.lengths[index])
         try:
-            record = json.loads(line)
+            self.limits.check_bytes(self.lengths[index], "a line")
+            record = json.loads(read_slice(self.path, self.starts[index], self.lengths[index]))
+        except DataError as error:
+            raise DataError(f"{self.origin(index)}: {error}") from error
         except (ValueError, RecursionError) as error:
             raise DataError(f"{self.origin(index)}: malformed JSON: {error}") from error
         if not isinstance(record, dict):

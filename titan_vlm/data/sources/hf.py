@@ -8,8 +8,15 @@ import os
 import re
 from functools import partial
 
-from titan_vlm.data.sample import ImageRef, RawSample, open_bytes, open_file
-from titan_vlm.data.sources.messages import from_openai
+from titan_vlm.data.limits import limits
+from titan_vlm.data.sample import (
+    ImageRef,
+    RawSample,
+    open_bytes,
+    open_file,
+    raise_machine_trouble,
+)
+from titan_vlm.data.sources.messages import from_openai, shown
 from titan_vlm.data.sources.webdataset import caption_sample
 from titan_vlm.errors import ConfigError, DataError
 
@@ -19,7 +26,7 @@ HUB_ERRORS = (OSError, ValueError)
 
 class HfSource:
     def __init__(self, data, path: str, split: str):
-        self.path, self.data = path, data
+        self.path, self.data, self.limits = path, data, limits(data)
         self.rows = open_dataset(path, split)
         answers = data.messages_column or data.text_column
         names = self.rows.column_names
@@ -40,20 +47,28 @@ class HfSource:
     def __getitem__(self, index: int) -> RawSample:
         number = index % len(self)
         origin = f"{self.path}:{number}"
-        row = self.rows[number]
         try:
+            row = self._row(number)
             pictures = self._pictures(row, origin) if self.has_images else []
             if not self.data.messages_column:
                 if not pictures:
                     raise DataError(f"{self.data.image_column}: no picture to describe")
                 text = row[self.data.text_column]
                 if not isinstance(text, str):
-                    raise DataError(f"{self.data.text_column}: expected a text, got {text!r:.60}")
+                    raise DataError(f"{self.data.text_column}: expected a text, got {shown(text)}")
+                self.limits.check_chars(len(text))
                 return caption_sample(origin, origin, pictures, self.data.caption_prompt, text)
             messages = self._messages(row[self.data.messages_column], pictures)
         except DataError as error:
             raise DataError(f"{origin}: {error}") from error
         return RawSample(origin, messages, origin)
+
+    def _row(self, number: int) -> dict:
+        try:
+            return self.rows[number]
+        except (OSError, ValueError) as error:  # Arrow's errors are of these kinds, too
+            raise_machine_trouble(error)
+            raise DataError(f"unreadable row: {error}") from error
 
     def _messages(self, messages: object, pictures: list[ImageRef]) -> list[dict]:
         if not isinstance(messages, list):
@@ -71,7 +86,7 @@ class HfSource:
                 )
             return picture
 
-        converted = from_openai(messages, self.data.image_root, attached)
+        converted = from_openai(messages, self.root(), attached, self.limits)
         if placed != len(pictures):
             raise DataError(
                 f"image-token mismatch: {placed} image part(s) for {len(pictures)} image(s)"
@@ -81,16 +96,26 @@ class HfSource:
     def _pictures(self, row: dict, origin: str) -> list[ImageRef]:
         value = row[self.data.image_column]
         cells = value if isinstance(value, list) else [value] if value is not None else []
+        self.limits.check_parts(len(cells))
         return [self._picture(cell, origin) for cell in cells]
 
     def _picture(self, cell: object, origin: str) -> ImageRef:
         if isinstance(cell, str):
-            cell = {"path": os.path.join(self.data.image_root, cell)}
-        if isinstance(cell, dict) and cell.get("bytes"):
-            return ImageRef(origin, partial(open_bytes, cell["bytes"]))
-        if isinstance(cell, dict) and cell.get("path"):
-            return ImageRef(cell["path"], partial(open_file, cell["path"]))
-        raise DataError(f"{self.data.image_column}: expected an image, got {cell!r:.60}")
+            cell = {"path": cell}
+        if isinstance(cell, dict) and isinstance(cell.get("bytes"), bytes) and cell["bytes"]:
+            return ImageRef(origin, partial(open_bytes, cell["bytes"], self.limits))
+        if isinstance(cell, dict) and isinstance(cell.get("path"), str) and cell["path"]:
+            path = os.path.join(self.root(), cell["path"])
+            self.limits.check_place(path, self.root())
+            return ImageRef(path, partial(open_file, path, self.limits))
+        raise DataError(f"{self.data.image_column}: expected an image, got {shown(cell)}")
+
+    def root(self) -> str:
+        """Where pictures that rows name by path may lie: what comes from the hub is unpacked in
+        the cache of datasets."""
+        if self.data.image_root or os.path.isdir(self.path):
+            return self.data.image_root or self.path
+        return str(import_datasets().config.HF_CACHE_HOME)
 
 
 def open_dataset(path: str, split: str):

@@ -3,17 +3,19 @@
     000000003.jpg, 000000003.txt, 000000003.json    picture, caption, facts
 
 One pass over the members' headers when opened notes where picture and caption lie; both are read
-from there at random later. So shards must be plain tar, not compressed.
+from there at random later. So shards must be plain tar, not compressed. What lies behind a damaged
+header cannot be found: it counts as one bad sample at the end of its shard.
 """
 
 import json
 import os
-import tarfile
 from array import array
 from functools import partial
 
+from titan_vlm.data.limits import DEFAULT, Limits
 from titan_vlm.data.sample import ImageRef, RawSample, image_part, open_slice, text_part
 from titan_vlm.data.sources.files import Concatenated, find_files, read_slice
+from titan_vlm.data.sources.tar import BLOCK, Member, members
 from titan_vlm.errors import DataError
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
@@ -24,40 +26,42 @@ CAPTION_KEYS = ("caption", "text")
 class TarShard:
     """Where the samples of one shard lie: four numbers and a flag each."""
 
-    def __init__(self, path: str):
-        self.path = path
+    def __init__(self, path: str, limits: Limits = DEFAULT):
+        self.path, self.limits = path, limits
         # Per sample: offset and length of the picture, of the caption, and of the name.
         self.spans = array("Q")
         self.is_json = array("b")
+        self.damage = ""
+        found, current = {}, None
         try:
-            with tarfile.open(path, "r:") as tar:
-                self._scan(tar)
-        except tarfile.TarError as error:
-            raise DataError(f"{path}: not a plain tar file: {error}") from error
+            for member in members(path):
+                folder, _, file = member.name.rpartition("/")
+                stem, _, suffix = file.partition(".")
+                suffix = suffix.lower()
+                if (folder, stem) != current:
+                    self._add(found)
+                    found, current = {}, (folder, stem)
+                if not found or suffix in PICTURES + CAPTIONS:
+                    found[suffix] = member
+        except DataError as error:
+            if not found:
+                raise DataError(f"{path}: not a plain tar file: {error}") from error
+            self.damage = f"{error}; what follows is lost"
+        self._add(found)
+        if self.damage:
+            self.spans.extend((0,) * 5)
+            self.is_json.append(False)
 
-    def _scan(self, tar: tarfile.TarFile) -> None:
-        names, current = {}, None
-        for member in tar:
-            if not member.isfile():
-                continue
-            folder, _, file = member.name.rpartition("/")
-            stem, _, suffix = file.partition(".")
-            if (folder, stem) != current:
-                self._add(names)
-                names, current = {}, (folder, stem)
-            names[suffix.lower()] = member
-        self._add(names)
-
-    def _add(self, members: dict[str, tarfile.TarInfo]) -> None:
-        if not members:
+    def _add(self, found: dict[str, Member]) -> None:
+        if not found:
             return
-        picture = next((members[s] for s in PICTURES if s in members), None)
-        suffix = next((s for s in CAPTIONS if s in members), None)
-        caption = members[suffix] if suffix else None
+        picture = next((found[s] for s in PICTURES if s in found), None)
+        suffix = next((s for s in CAPTIONS if s in found), None)
+        caption = found[suffix] if suffix else None
         for member in (picture, caption):
-            self.spans.extend((member.offset_data, member.size) if member else (0, 0))
+            self.spans.extend((member.offset, member.size) if member else (0, 0))
         # The name is in the header block before the data: read again only when it is wanted.
-        self.spans.append(next(iter(members.values())).offset_data - tarfile.BLOCKSIZE)
+        self.spans.append(next(iter(found.values())).offset - BLOCK)
         self.is_json.append(suffix == "json")
 
     def __len__(self) -> int:
@@ -72,37 +76,43 @@ class TarShard:
     def origin(self, index: int) -> str:
         return f"{self.path}:{self.key(index)}"
 
+    def check(self, index: int) -> None:
+        """Refuses what stands for the damaged end."""
+        if self.damage and index == len(self) - 1:
+            raise DataError(f"{self.path}: {self.damage}")
+
     def picture(self, index: int) -> ImageRef:
         offset, length = self.spans[5 * index : 5 * index + 2]
         if not offset:
             raise DataError(f"no picture ({', '.join(PICTURES)})")
-        return ImageRef(self.origin(index), partial(open_slice, self.path, offset, length))
+        open = partial(open_slice, self.path, offset, length, self.limits)
+        return ImageRef(self.origin(index), open)
 
     def caption(self, index: int) -> str:
         offset, length = self.spans[5 * index + 2 : 5 * index + 4]
         if not offset:
             raise DataError(f"no caption ({', '.join(CAPTIONS)})")
+        self.limits.check_bytes(length, "a caption")
         data = read_slice(self.path, offset, length)
         try:
             text = data.decode()
-            if not self.is_json[index]:
-                return text.strip()
-            record = json.loads(text)
+            record = json.loads(text) if self.is_json[index] else {"text": text}
         except (ValueError, RecursionError) as error:
             raise DataError(f"malformed caption: {error}") from error
         found = record if isinstance(record, dict) else {}
         text = next((found[key] for key in CAPTION_KEYS if isinstance(found.get(key), str)), None)
         if text is None:
             raise DataError(f"caption: expected a text under {' or '.join(CAPTION_KEYS)}")
+        self.limits.check_chars(len(text))
         return text.strip()
 
 
 class WebDatasetSource:
     """Pictures with captions: the prompt asks, the caption answers."""
 
-    def __init__(self, path: str, prompt: str):
+    def __init__(self, path: str, prompt: str, limits: Limits = DEFAULT):
         files = find_files(path, (".tar",), "webdataset")
-        self.index = Concatenated([TarShard(file) for file in files])
+        self.index = Concatenated([TarShard(file, limits) for file in files])
         self.prompt = prompt
 
     def __len__(self) -> int:
@@ -110,6 +120,7 @@ class WebDatasetSource:
 
     def __getitem__(self, index: int) -> RawSample:
         shard, number = self.index.locate(index % len(self))
+        shard.check(number)
         origin = shard.origin(number)
         try:
             picture, caption = shard.picture(number), shard.caption(number)

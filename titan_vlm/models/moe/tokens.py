@@ -121,4 +121,5 @@ def runs_again() -> bool:
 
 def name_key(name: str) -> int:
     """A number of 63 bits for a name, the same in every process."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") >> 1
+    data = name.encode(errors="surrogatepass")  # JSON and file names may hold half a character
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
