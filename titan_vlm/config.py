@@ -27,6 +27,9 @@ from titan_vlm.models.moe.config import MoE
 from titan_vlm.settings import build, help_lines, override, pairs, setting
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "train_configs"
+# The time tomllib takes grows with the square of a key's parts: both are far beyond any config.
+MAX_BYTES = 2**16
+MAX_DOTS = 500  # in a line
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,7 @@ class Data(Samples):
         at_least=1,
     )
     max_sample_chars: int = setting(
-        4_000_000, "Samples with more characters of text are skipped.", at_least=1
+        1_000_000, "Samples with more characters of text are skipped.", at_least=1
     )
     max_sample_parts: int = setting(
         1000, "Samples with more turns, texts, pictures and frames are skipped.", at_least=1
@@ -471,11 +474,18 @@ def _choices() -> str:
 
 def _read_toml(path: Path) -> dict:
     try:
-        text = path.read_text(encoding="utf-8")
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise ConfigError(f"{path}: expected at most {MAX_BYTES} bytes of settings, got more")
+        text = data.decode()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: expected UTF-8 text, got byte {error.start}") from error
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.count(".") > MAX_DOTS:
+            raise ConfigError(f"{path}:{number}: expected at most {MAX_DOTS} dots in a line")
     try:
         return tomllib.loads(text)
     except RecursionError as error:

@@ -3,7 +3,6 @@
 Anything else that is raised is a defect of the program and keeps its traceback.
 """
 
-
 LONGEST = 2000  # characters of a message
 
 
@@ -15,8 +14,8 @@ class _OneLine(ValueError):
         text = str(message)
         if len(text) > LONGEST:
             text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
-        text = " ".join(text.splitlines())
-        super().__init__("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text))
+        shown = (c if c.isprintable() else "\ufffd" for c in " ".join(text.splitlines()))
+        super().__init__("".join(shown))
 
 
 class ConfigError(_OneLine):

@@ -297,6 +297,8 @@ def _sections(cls: type, prefix: str = "") -> Iterator[str]:
 def _nearest(key: str, known: Iterable[str]) -> str:
     """The most similar known key; one that differs only in its section goes first."""
 
+    key = key[:100]  # comparing takes time by the length of both
+
     def leaf(name: str) -> str:
         return name.rpartition(".")[2]
 

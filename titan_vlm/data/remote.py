@@ -99,11 +99,12 @@ def get(url: str, max_bytes: int, deadline: float, allowed, resolve) -> tuple[by
             raise DataError(f"status {answer.status}")
         if answer.getheader("Content-Encoding", "identity") != "identity":
             raise DataError("an encoded answer, though none was asked for")
-        body = read(answer, max_bytes)
-        # A connection cut at the deadline looks like the end of an answer without a length.
-        if time.monotonic() >= deadline:
-            raise TimeoutError
-        return body, ""
+        try:
+            return read(answer, max_bytes), ""
+        finally:
+            # A connection cut at the deadline looks like the end of an answer.
+            if time.monotonic() >= deadline:
+                raise TimeoutError
 
 
 def connect(
@@ -152,6 +153,8 @@ def read(answer: http.client.HTTPResponse, max_bytes: int) -> bytes:
     pieces, size = [], 0
     while stated <= max_bytes and size <= max_bytes:
         piece = answer.read(PIECE)
+        if not piece and size < stated:
+            raise DataError(f"the answer ends after {size} of {stated} bytes")
         if not piece:
             return b"".join(pieces)
         pieces.append(piece)

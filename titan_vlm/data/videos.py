@@ -31,7 +31,7 @@ from titan_vlm.errors import DataError
 
 MIN_FRAMES = 4
 MAX_FRAMES = 768
-MAX_LENGTH = 2_000_000  # frames of a file, all of which are decoded up to the last that is looked at
+MAX_LENGTH = 2_000_000  # frames of a file: all are decoded, up to the last that is looked at
 # What FFmpeg may take a file for. Play lists and scripts, which it knows too, name other files.
 FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,mpeg,mpegts,mpegvideo,asf,ogg,gif,webp,apng,"

@@ -8,7 +8,6 @@ from titan_vlm.data.sources.files import Concatenated, JsonlFile, find_files
 from titan_vlm.data.sources.messages import expect, from_llava, from_openai
 from titan_vlm.errors import DataError
 
-
 MAX_ID = 1000  # characters of a record's own id that rows carry along
 
 

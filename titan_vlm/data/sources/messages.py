@@ -111,8 +111,8 @@ def from_openai(
         for key, value in message.items():
             if key not in UNDERSTOOD and value not in EMPTY:
                 raise DataError(
-                    f'"{key:.60}" of a message is not understood; write it in its content, or leave '
-                    "it out"
+                    f'"{key:.60}" of a message is not understood; write it in its content, or '
+                    "leave it out"
                 )
         content = message.get("content")
         if isinstance(content, str):
@@ -173,7 +173,7 @@ def video_ref(part: dict, root: str, limits: Limits = DEFAULT) -> VideoRef:
 def is_rate(fps: object) -> bool:
     """A number that a float can hold: JSON knows Infinity, and integers of thousands of digits."""
     try:
-        return isinstance(fps, int | float) and fps > 0 and math.isfinite(fps)
+        return type(fps) in (int, float) and fps > 0 and math.isfinite(fps)
     except OverflowError:
         return False
 

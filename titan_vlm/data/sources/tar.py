@@ -56,8 +56,9 @@ def members(path: str) -> Iterator[Member]:
                 data = after_sparse_map(file, header, data)
             elif kind in NO_DATA:
                 size = 0
-            if data + size > end:
-                raise DataError(f"ends {data + size - end} bytes too early (byte {offset})")
+            following = data + -(-size // BLOCK) * BLOCK
+            if following > end:
+                raise DataError(f"ends {following - end} bytes too early (byte {offset})")
             if kind in (b"x", b"L"):
                 told = told | read_told(file, kind, size, offset)
             else:
@@ -67,7 +68,7 @@ def members(path: str) -> Iterator[Member]:
                     yield Member(name, data, size)
                 if kind not in ABOUT_OTHERS:
                     told = {}
-            offset = data + -(-size // BLOCK) * BLOCK
+            offset = following
 
 
 def parse_header(header: bytes, offset: int) -> int:

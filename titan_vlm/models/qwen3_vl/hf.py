@@ -310,11 +310,18 @@ def read_config(directory: str | Path) -> Qwen3VLConfig:
         ConfigError: there is none, or it is of another architecture; names the file.
     """
     try:
-        return from_hf(json.loads((Path(directory) / "config.json").read_text()))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{directory}: config.json cannot be read: {error}") from error
+        content = json.loads((Path(directory) / "config.json").read_text())
+        if not isinstance(content, dict):
+            raise ConfigError("config.json is no JSON object")
+        return from_hf(content)
     except ConfigError as error:
         raise ConfigError(f"{directory}: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{directory}: config.json cannot be read: {error}") from error
+    except (TypeError, AttributeError, ArithmeticError) as error:
+        raise ConfigError(
+            f"{directory}: config.json has a value of a wrong type: {error}"
+        ) from error
 
 
 def not_in_format(config: Qwen3VLConfig, weights_only: bool = False) -> list[str]:
