@@ -83,7 +83,7 @@ def everywhere(address):
 HOME = {"pictures_example": ["127.0.0.1"] * 10}
 
 
-def get(url, names=HOME, max_bytes=1000, timeout_s=5.0, allowed=everywhere):
+def get(url, names=HOME, max_bytes=1000, timeout_s=60.0, allowed=everywhere):
     return fetch(url, max_bytes, timeout_s, allowed, resolver(**names))
 
 
@@ -196,14 +196,14 @@ def drip(handler):
 
 
 def silent(handler):
-    time.sleep(3)
+    time.sleep(20)
 
 
 def stuck_body(handler):
     handler.send_response(200)
     handler.end_headers()
     handler.wfile.write(b"start")
-    time.sleep(3)
+    time.sleep(20)
 
 
 @pytest.mark.parametrize("answer", [drip, silent, stuck_body])
@@ -212,7 +212,7 @@ def test_a_slow_answer_ends_at_the_deadline(server, answer):
     start = time.monotonic()
     with pytest.raises(DataError, match="not there within data.remote_timeout_s = 0.5"):
         get(server.url("/"), timeout_s=0.5)
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 10
 
 
 @pytest.mark.parametrize(
@@ -301,4 +301,4 @@ def test_https_asks_for_the_hosts_own_certificate_and_ends_at_the_deadline(serve
 
 def test_https_to_a_server_without_it_is_refused(server):
     with pytest.raises(DataError, match="SSL"):
-        get(server.url("/").replace("http:", "https:"), timeout_s=2.0)
+        get(server.url("/").replace("http:", "https:"))

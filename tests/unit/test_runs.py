@@ -1,6 +1,8 @@
 """scripts/runs.py: which runs there are, how they ended, what can be resumed from."""
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import platform
@@ -8,38 +10,13 @@ import shutil
 import subprocess
 import sys
 import time
-import types
-from pathlib import Path
 
 import pytest
 
+from scripts import runs
 from tests.small_run import run
 from titan_vlm import events
-
-try:
-    from titan_vlm.training import manifest
-except ImportError:  # it comes with the checkpoint format that has manifests
-
-    def check(folder: Path, checksums: bool) -> list[str]:
-        found = []
-        for name, said in json.loads((folder / "manifest.json").read_text())["files"].items():
-            data = (folder / name).read_bytes() if (folder / name).exists() else None
-            if data is None:
-                found.append(f"{name}: missing")
-            elif len(data) != said["bytes"]:
-                found.append(f"{name}: {len(data)} bytes, expected {said['bytes']}")
-            elif checksums and hashlib.sha256(data).hexdigest() != said["sha256"]:
-                found.append(f"{name}: another checksum")
-        return found
-
-    manifest = types.ModuleType("titan_vlm.training.manifest")
-    manifest.check = check
-    sys.modules[manifest.__name__] = manifest
-    import titan_vlm.training
-
-    titan_vlm.training.manifest = manifest
-
-from scripts import runs  # noqa: E402
+from titan_vlm.training import manifest
 
 
 def make_run(folder, told=(), steps=100, losses=((1, 2.5), (12, 1.25)), start=None):
@@ -64,15 +41,12 @@ def make_checkpoint(folder, step, suffix=""):
     data = bytes(range(200)) * 5
     (path / "a.bin").write_bytes(data)
     said = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    (path / "manifest.json").write_text(json.dumps({"files": {"a.bin": said}}))
+    (path / "manifest.json").write_bytes(manifest.make(step, {"a.bin": said}, {}))
     return path
 
 
 def listed(directory, *words):
     """{name: run} of `--json`, and the status."""
-    import contextlib
-    import io
-
     with contextlib.redirect_stdout(io.StringIO()) as out:
         status = runs.main([str(directory), "--json", *words])
     return {run["name"]: run for run in json.loads(out.getvalue())}, status

@@ -209,7 +209,7 @@ class Checkpointer:
             "save",
             step=step,
             seconds=round(time.perf_counter() - start, 3),
-            bytes=sum(file["bytes"] for file in files.values()),
+            bytes=sum(file["bytes"] for file in files.values()) + len(content),
         )
         self._prune()
 
