@@ -199,6 +199,8 @@ def test_sparse_members_are_passed_over(tmp_path):
         '{"weight_map": {"a": ".."}}',
         '{"weight_map": {"a": "b\\u0000"}}',
         '{"weight_map": {"a": "pipe"}}',
+        '{"weight_map": {"a": "' + "x" * 256 + '"}}',
+        '{"weight_map": {"a": "' + "\\u00fc" * 128 + '"}}',
         "[" * 100_000,
         "\xff",
     ],

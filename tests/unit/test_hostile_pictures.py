@@ -6,7 +6,9 @@ test_remote.py or in tests/fuzz; what fuzzing finds becomes a test here.
 
 import io
 import os
+import sys
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from tests.hostile import SPEC, ask, bounds, noise, raw_png, ref, saved
 from titan_vlm.config import Data
 from titan_vlm.data.limits import limits
 from titan_vlm.data.sample import ImageRef, VideoRef, known_formats, open_file
+from titan_vlm.data.sources import build_source
 from titan_vlm.data.sources.messages import from_llava, from_openai
 from titan_vlm.data.sources.webdataset import WebDatasetSource
 from titan_vlm.data.videos import plan_video
@@ -236,3 +239,33 @@ def test_a_play_list_leads_a_video_to_no_other_file(tmp_path):
     small = VideoRef("v", path=video.path, limits=limits(Data(max_image_pixels=96 * 64 - 1)))
     with pytest.raises(DataError, match="96 x 64 pixels, at most data.max_image_pixels = 6143"):
         plan_video(small, SPEC)
+
+
+def test_a_table_names_no_picture_outside_of_its_folder(folders, monkeypatch):
+    class Table(list):
+        """What HfSource uses of a datasets.Dataset; a row that is an error cannot be read."""
+
+        column_names, features = ("image", "text"), {"image": "path"}
+
+        def __getitem__(self, index):
+            if isinstance(row := super().__getitem__(index), Exception):
+                raise row
+            return {"image": row, "text": "Red."}
+
+    secret = str(folders / "secret.png")
+    rows = Table(["a.png", {"path": "a.png"}, {"path": secret}, "../secret.png", OSError("torn")])
+    package = SimpleNamespace(
+        Image=type("Image", (), {}),
+        DatasetDict=type("DatasetDict", (dict,), {}),
+        load_from_disk=lambda path: rows,
+    )
+    monkeypatch.setitem(sys.modules, "datasets", package)
+    source = build_source(Data("hf", str(folders / "data")), "train", 0)
+    for index in (0, 1):
+        image = source[index].messages[0]["content"][0]["image"]
+        assert image.header_size() == (40, 20)
+    for index in (2, 3):
+        with pytest.raises(DataError, match=f":{index}: .*lies outside of"):
+            source[index]
+    with pytest.raises(DataError, match=":4: unreadable row: torn"):
+        source[4]

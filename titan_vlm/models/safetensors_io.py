@@ -25,6 +25,7 @@ from titan_vlm.errors import ConfigError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+MAX_NAME_BYTES = 255
 MAX_INDEX_BYTES = 100_000_000  # as the format allows a file's header
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -103,10 +104,15 @@ def _weight_map(index: Path) -> dict[str, str]:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"{index} is damaged: {error!r}") from error
     for file in weight_map.values():
-        plain = isinstance(file, str) and file not in ("", ".", "..")
-        if not plain or not file.isprintable() or set(file) & set("/\\"):
+        if not isinstance(file, str) or not _is_file_name(file):
             raise ConfigError(f"{index} names {reprlib.repr(file)}, which is no file beside it")
     return weight_map
+
+
+def _is_file_name(text: str) -> bool:
+    """One that no folder is part of, and that a file can have."""
+    odd = not text.isprintable() or set(text) & set("/\\") or text in ("", ".", "..")
+    return not odd and len(text.encode()) <= MAX_NAME_BYTES
 
 
 def _open(path: Path):
