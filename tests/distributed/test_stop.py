@@ -90,6 +90,8 @@ def test_a_save_may_take_longer_than_torchrun_waits(tmp_path):
     site.mkdir()
     (site / "sitecustomize.py").write_text(SLOW_SAVE)
     stopped(tmp_path, "script", signal.SIGTERM, PYTHONPATH=str(site), **hindered)
+    (seconds,) = [e["seconds"] for e in events.read(tmp_path / "run") if e["kind"] == "save"]
+    assert seconds >= 6
 
 
 @pytest.mark.slow

@@ -128,10 +128,11 @@ def test_a_request_that_comes_twice_is_one_and_one_that_is_repeated_is_two(monke
 
 
 STUCK = """
-import ctypes, os, sys
+import ctypes, os, signal
 from titan_vlm.training.stop import Stop
 pipe, libc = os.pipe(), ctypes.CDLL(None)
 with Stop() as stop:
+    signal.alarm(60)
     print("in", flush=True)
     libc.read(pipe[0], ctypes.create_string_buffer(1), 1)  # for ever, in C, like a collective
 """
