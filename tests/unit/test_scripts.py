@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -275,6 +276,20 @@ print(*got)
 sys.exit(launched.end(stopped=True))"""
     done = launch(tmp_path, TRAINER + body)
     assert (done.returncode, done.stdout) == (75, "TERM\n")
+
+
+def test_when_a_rank_fails_torchruns_sigterm_ends_the_others_at_once(tmp_path):
+    """It is no wish to stop: they would finish a step that the failed one is missing in."""
+    body = """import time
+from titan_vlm.training.stop import Stop
+with Stop():
+    time.sleep(1 if rank == 1 else 60)
+    sys.exit(7)"""
+    since = time.monotonic()
+    done = launch(tmp_path, body, processes=2)
+    assert done.stderr == "error: rank 1 failed (exit code 7); LOG_RANK=1 shows its output\n"
+    assert done.returncode == 7
+    assert time.monotonic() - since < 30  # when torchrun kills
 
 
 def test_a_failure_after_the_signal_stays_a_failure(tmp_path):
