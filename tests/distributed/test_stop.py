@@ -127,7 +127,7 @@ def test_a_run_goes_on_without_a_node_that_is_lost(tmp_path):
         wait_for(lambda: 2 in ranks(output) and saves(output), first)
         for pid in [second.pid, *children(second.pid)]:
             kill(pid)
-        _, said = first.communicate(timeout=240)
+        _, said = first.communicate(timeout=400)
     finally:
         end(first, second)
     assert first.returncode == 0, said
