@@ -387,6 +387,23 @@ class Guards:
     max_failed_saves: int = setting(
         3, "Saves that may fail one after the other before the run stops.", at_least=1
     )
+    max_skips: int = setting(
+        5,
+        "Steps in a row that may be skipped because loss, gradients or router logits are not "
+        "finite, before the run goes back to its last checkpoint and passes over their rows, once; "
+        "0: the first such step ends the run.",
+        at_least=0,
+    )
+    spike_zscore: float = setting(
+        0.0,
+        "A loss or gradient norm is a spike when it is so many robust standard deviations above "
+        "the median of the last spike_window updates; 0: nothing is.",
+        at_least=0,
+    )
+    spike_window: int = setting(100, "Updates that a spike is compared with.", at_least=20)
+    on_spike: Literal["warn", "skip"] = setting(
+        "warn", "What to do at a spike: say so, or skip the step as one that is not finite."
+    )
 
 
 @dataclass(frozen=True)

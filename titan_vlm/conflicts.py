@@ -32,6 +32,13 @@ def conflicts(config: "Config") -> Iterator[str]:
     if resume not in ("auto", "none") and not resume.isdecimal():
         yield f'checkpoint.resume: expected "auto", "none" or a step such as "100", got "{resume}"'
 
+    guards = config.guards
+    if guards.on_spike == "skip" and not (guards.max_skips and guards.spike_zscore):
+        yield (
+            'guards.on_spike: expected "warn" with spike_zscore = 0 (nothing is a spike) or '
+            'max_skips = 0 (nothing is skipped), got "skip"; set spike_zscore = 10, for instance'
+        )
+
     yield from moe_conflicts(config.moe)
     if config.moe.text.upcycle_shards and not config.checkpoint.initial_load_path:
         yield (

@@ -12,7 +12,6 @@ import logging
 import sys
 import time
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -46,7 +45,9 @@ from titan_vlm.parallelize import make_plan, parallelize
 from titan_vlm.training import routing
 from titan_vlm.training.by_source import BySource
 from titan_vlm.training.checkpoint import Checkpointer
+from titan_vlm.training.guards import Guard, Signals, read_signals
 from titan_vlm.training.loss import chunked_cross_entropy
+from titan_vlm.training.memory import MemoryReport, OutOfMemory
 from titan_vlm.training.metrics import MetricsLogger
 from titan_vlm.training.optimizer import build_optimizer, clip_grad_norm, freeze_parameters
 from titan_vlm.training.schedule import set_learning_rates
@@ -60,26 +61,32 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 @record  # torchrun shows the traceback of a rank whose output it hides
 def main(argv: list[str]) -> int:
     """Exit status: 0 when the run is complete, 2 when the user must change something, 1 when a
-    rank did not arrive at a collective, 75 when it was stopped and the same command goes on."""
+    rank did not arrive at a collective or has no memory left, 75 when it was stopped and the same
+    command goes on."""
     try:
         config = config_from_args(argv)
         watch = Watch(config.comm.timeout_s, Path(config.run.output_dir) / "flight_recorder")
         with run_dir.told(), Stop(config.training.max_hours) as stop, watch:
-            train(config, watch, stop)
+            with MemoryReport(config) as memory:
+                train(config, watch, stop, memory)
     except (ConfigError, DataError, NumericsError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         if distributed.is_hidden_rank():  # torchrun ends all with the first, so let the seen one be
             time.sleep(REFUSAL_S)
         return 2
+    except OutOfMemory:
+        if distributed.is_hidden_rank():  # then torchrun shows what is raised
+            raise
+        return 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
     return launched.end(stopped=bool(stop.reason))
 
 
-def train(config: Config, watch: Watch, stop: Stop) -> None:
+def train(config: Config, watch: Watch, stop: Stop, memory: MemoryReport) -> None:
     """Train as `config` says, from wherever `run.output_dir` left off."""
-    run = prepare(config)
+    run = memory.run = prepare(config)
     encoder = Encoder(run.parts.tokenizer, run.parts.images)
     validator = Validator(config, encoder) if has_held_out_data(config) else None
     metrics = MetricsLogger(
@@ -103,10 +110,14 @@ def train(config: Config, watch: Watch, stop: Stop) -> None:
             save(run)
             run.checkpointer.wait()
             raise
+        if run.guard.gives_up:
+            roll_back(run)
+            metrics.restart(run.step)
+            continue
         last = run.step == config.training.steps
         if validator and (last or (due(run.step, config.eval.every) and not stop.agreed(run.step))):
             validate(run, validator, metrics)
-        if last or due(run.step, config.checkpoint.every):
+        if run.guard.may_save(run.step, due(run.step, config.checkpoint.every)) or last:
             with metrics.pause():
                 save(run, must=last)
     if stop.reason and run.step:
@@ -165,6 +176,7 @@ def prepare(config: Config) -> "Run":
         pipeline,
         routing.all_layers(whole),
         BySource(loader.rows.mixture.names, device),
+        Guard(config.guards, events.write),
     )
     resume(run, resume_from)
     if config.data.ledger and rank(mesh.pp) == rank(mesh.tp) == 0:  # of those with the same rows
@@ -191,6 +203,7 @@ class Run:
     pipeline: Pipeline | None  # then `model` has this rank's stages
     moe_layers: routing.Layers
     sources: BySource
+    guard: Guard
     ledger: Ledger | None = None
     step: int = 0
     # Samples left out since the run began, by reason.
@@ -201,12 +214,12 @@ class Run:
 
 
 def train_step(run: Run, metrics: MetricsLogger) -> None:
-    """One update from `training.global_batch_size` rows."""
+    """One update from `training.global_batch_size` rows, or none where the step goes wrong."""
     config = run.config.training
     rates = set_learning_rates(run.optimizer, run.step, run.config.schedule, config.steps)
 
     with metrics.waiting_for_data():
-        rows = list(islice(run.loader, config.global_batch_size // run.mesh.batch.size()))
+        rows = run.guard.take(run.loader, config.global_batch_size // run.mesh.batch.size())
     micro = config.micro_batch_size
     moment = Moment(
         run.config.run.seed,
@@ -220,18 +233,25 @@ def train_step(run: Run, metrics: MetricsLogger) -> None:
     ]
     counts = global_counts(run, batches)
 
+    counted = routing.counted(run.model)
     loss = forward_backward(run, batches, counts["targets"])
-    routing.steer(run.model, run.moe_layers, run.mesh, run.device, run.step + 1)
     norm = clip_grad_norm(run.model.parameters(), config.max_norm, size(run.mesh.pp))
-    run.optimizer.step()
-    run.optimizer.zero_grad()
+    broken_L = routing.broken(run.model, run.moe_layers, run.device)
+    signals = read_signals(loss, norm, broken_L, run.moe_layers, run.mesh)
     run.step += 1
-    if due(run.step, run.config.parallelism.eplb_interval):
+    good = run.guard.judge(run.step, signals, rows)
+    if good:
+        routing.steer(run.model, run.mesh)
+        run.optimizer.step()
+    else:
+        routing.forget(run.model, counted)
+    run.optimizer.zero_grad()
+    if good and due(run.step, run.config.parallelism.eplb_interval):
         loads = routing.loads_to_place(run.model, run.mesh)
         placement.rebalance(run.model, run.optimizer, run.mesh, loads)
     if run.ledger:
         run.ledger.write(run.step, rows)
-    report_step(run, metrics, counts, loss, norm, rates)
+    report_step(run, metrics, counts, signals, rates, good)
 
 
 def global_counts(run: Run, batches: list[Batch]) -> dict[str, float]:
@@ -306,21 +326,21 @@ def report_step(
     run: Run,
     metrics: MetricsLogger,
     counts: dict[str, float],
-    loss: Tensor,
-    norm: Tensor,
+    signals: Signals,
     rates: dict[str, float],
+    good: bool,
 ) -> None:
-    """Hand the step's figures to the metrics; between reports nothing here waits for the device."""
+    """Hand the step's figures to the metrics; a step that is not `good` has none of experts."""
     metrics.count(**{name: value for name, value in counts.items() if name != "targets"})
     figures, sources = {}, {}
     if metrics.due(run.step):
         sources = run.sources.figures(run.mesh)
+    if good and metrics.due(run.step):
         figures = routing.collect(run.model, run.moe_layers, run.mesh, run.device)
-    loss = distributed.sum_over(run.mesh.batch, loss)
     metrics.end_step(
         run.step,
-        loss=distributed.sum_over(run.mesh.pp, loss),  # one stage has it
-        grad_norm=norm,
+        loss=signals.loss,
+        grad_norm=signals.norm,
         learning_rates=rates,
         expert_loads={name: layer.load_E for name, layer in figures.items()},
         routing={
@@ -330,6 +350,7 @@ def report_step(
         timings={name: layer.timing() for name, layer in figures.items()},
         skipped=run.skipped,
         sources=sources,
+        guards=run.guard.counts(),
     )
 
 
@@ -406,6 +427,7 @@ def save(run: Run, must: bool = True) -> None:
     """Write a checkpoint of this step; unless it `must` be, not while another is being written."""
     counters = {name: counter.cpu() for name, counter in routing.counters(run.model).items()}
     state = {"loader": run.loader.state_dict(), "routing": counters}
+    state |= {"guard": run.guard.state_dict()}
     run.checkpointer.save(run.step, run.model, run.optimizer, state, must)
 
 
@@ -420,9 +442,20 @@ def resume(run: Run, step: int | None) -> None:
     if run.mesh.tokens.get_local_rank() == 0:  # the counters of all are summed when reported
         for rank in ranks:
             routing.add_counters(run.model, rank["routing"])
+    run.guard.load_state_dict(ranks[0].get("guard"))
     run.step = step
     events.write("resume", step=step, mesh=dict(run.mesh.degrees), ranks_saved=len(ranks))
     logger.info("resumed at step %d", step)
+
+
+def roll_back(run: Run) -> None:
+    """Make everything as of the newest checkpoint, but for the rows of the bad steps."""
+    before, checkpoint = run.guard.state, run.checkpointer.newest()
+    run.guard.check_rollback(checkpoint)
+    routing.forget(run.model)
+    resume(run, checkpoint)
+    place_experts(run)
+    run.guard.rolled_back(before, checkpoint)
 
 
 def place_experts(run: Run) -> None:

@@ -305,6 +305,18 @@ class Checkpointer:
             )
         if resume.isdecimal():
             return self._find_step(int(resume), steps)
+        return self._newest_whole(steps)
+
+    def newest(self) -> int | None:
+        """As `find`, to go back to within a run, whatever `checkpoint.resume` says.
+
+        Raises:
+            CheckpointError: as `save`, for a save that was still being written is waited for.
+        """
+        self.wait()
+        return self._newest_whole(self._together(self.steps))
+
+    def _newest_whole(self, steps: list[int]) -> int | None:
         damaged: dict[int, list[str]] = {}
         for step in reversed(steps):
             if not (found := self.problems(step)):

@@ -7,6 +7,7 @@ Rates are over the wall time since the report before, without the time spent in 
 """
 
 import json
+import math
 import re
 import resource
 import sys
@@ -69,23 +70,31 @@ class MetricsLogger:
             pp_ranks: of a pipeline; each has some of the layers.
             branches: of each MoE layer: "text", "vision" or "projector".
         """
-        directory = Path(directory)
+        self.directory = Path(directory)
         self.config, self.total_steps, self.device = config, total_steps, device
         self.peak_tflops = world_size * (config.peak_tflops or known_peak(device))
         self.silent, self.pp_ranks, self.branches = silent, pp_ranks, branches or {}
+        self._open(start_step)
+
+    def _open(self, start_step: int) -> None:
         self._file = self._board = self._bar = self._moe = None
         self._warnings = moe_log.Warnings()
-        if not silent:
-            directory.mkdir(parents=True, exist_ok=True)
-            self._file = open_until(directory / "metrics.jsonl", start_step)
-            self._moe = moe_log.MoELog(directory, start_step)
-            if config.tensorboard:
-                self._board = _tensorboard(directory / "tensorboard", start_step)
+        if not self.silent:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._file = open_until(self.directory / "metrics.jsonl", start_step)
+            self._moe = moe_log.MoELog(self.directory, start_step)
+            if self.config.tensorboard:
+                self._board = _tensorboard(self.directory / "tensorboard", start_step)
             if sys.stderr.isatty():
-                self._bar = _progress_bar(total_steps, start_step)
+                self._bar = _progress_bar(self.total_steps, start_step)
         self._counts = dict.fromkeys(("tokens", "positions", "samples", "images", "flops"), 0)
         self._data_wait = self._paused = 0.0
         self._since = self._step_since = time.perf_counter()
+
+    def restart(self, step: int) -> None:
+        """Go on from an earlier `step`, as a new process would."""
+        self.close()
+        self._open(step)
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
@@ -119,14 +128,15 @@ class MetricsLogger:
         self,
         step: int,
         *,
-        loss: Tensor,
-        grad_norm: Tensor,
+        loss: Tensor | float,
+        grad_norm: Tensor | float,
         learning_rates: dict[str, float],
         expert_loads: dict[str, Tensor] | None = None,
         routing: dict[str, dict[str, float]] | None = None,
         timings: dict[str, dict[str, float]] | None = None,
         skipped: dict[str, int] | None = None,
         sources: dict[str, dict[str, float]] | None = None,
+        guards: dict[str, int] | None = None,
     ) -> dict[str, Any] | None:
         """Call after every step, counted from 1; returns the record where it reported one.
 
@@ -138,6 +148,7 @@ class MetricsLogger:
             timings: and of their times in this very step.
             skipped: samples left out so far, by reason.
             sources: of each source of a mixture, what there is to say of it.
+            guards: steps skipped, rows passed over and rollbacks so far.
         """
         if self._bar is not None:
             self._bar.update(1)
@@ -152,6 +163,7 @@ class MetricsLogger:
         record |= {f"skipped/{reason}": number for reason, number in (skipped or {}).items()}
         for name, figures in (sources or {}).items():
             record |= {f"source/{name}/{key}": x for key, x in figures.items()}
+        record |= {f"guards/{name}": number for name, number in (guards or {}).items()}
         self._write(record)
         self.print(console_line(record, self.total_steps))
         return record
@@ -220,7 +232,9 @@ class MetricsLogger:
     def _write(self, record: dict[str, Any]) -> None:
         if self.silent:
             return
-        self._file.write(json.dumps(record) + "\n")
+        # The loss of a skipped step may be no number, which JSON cannot hold.
+        known = {name: value if math.isfinite(value) else None for name, value in record.items()}
+        self._file.write(json.dumps(known) + "\n")
         self._file.flush()
         if self._board is not None:
             for name, value in record.items():
@@ -259,6 +273,10 @@ def console_line(record: dict[str, Any], total_steps: int) -> str:
     skipped = sum(x for name, x in record.items() if name.startswith("skipped/"))
     if skipped:
         parts.append(f"skipped {skipped}")
+    if steps := record.get("guards/skipped_steps"):
+        parts.append(f"skipped steps {steps}")
+    if rows := record.get("guards/passed_rows"):
+        parts.append(f"rows passed over {rows}")
     return " | ".join(parts)
 
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from titan_vlm import distributed
-from titan_vlm.errors import NumericsError
 from titan_vlm.mesh import Mesh, rank, size
 from titan_vlm.models.moe.config import MoEConfig
 from titan_vlm.models.moe.layer import moe_layers
@@ -45,40 +44,58 @@ def routers_of(model: nn.Module) -> dict[str, Router]:
     return {name: layer.router for name, layer in moe_layers(model).items()}
 
 
-@torch.no_grad()
-def steer(model: nn.Module, layers: Layers, mesh: Mesh, device: torch.device, step: int) -> None:
-    """Once per step, after the last backward pass: biases and thresholds move.
-
-    Waits for the device once, to learn whether all logits were finite.
-
-    Raises:
-        NumericsError: one was not; names the layer and the step. No weight has changed.
-    """
-    if not layers:
-        return
+def broken(model: nn.Module, layers: Layers, device: torch.device) -> Tensor:
+    """[L] for each of `layers`, of all stages: above 0 where this rank has seen logits in this
+    step that are not finite."""
     routers = routers_of(model)
     zero = torch.zeros(1, dtype=torch.float64, device=device)
-    broken = [routers[name].broken if name in routers else zero for name in layers]
+    flags = [routers[name].broken if name in routers else zero for name in layers]
+    return torch.cat(flags) if flags else zero[:0]
+
+
+@torch.no_grad()
+def steer(model: nn.Module, mesh: Mesh) -> None:
+    """Once per step, after the last backward pass: biases and thresholds move."""
     # A frozen router stays as it is.
     steered = [
         router.steering
-        for router in routers.values()
+        for router in routers_of(model).values()
         if router.steering is not None and router.weight.requires_grad
     ]
-    flat = torch.cat([*broken, *(steering.pending for steering in steered)])
+    if not steered:
+        return
+    flat = torch.cat([steering.pending for steering in steered])
     flat = distributed.sum_over(mesh.tokens, flat)
-    flags, *totals = flat.split([len(broken), *(x.pending.numel() for x in steered)])
-    flags = distributed.sum_over(mesh.pp, flags.clone()).tolist()
-    bad = [name for name, flag in zip(layers, flags, strict=True) if flag]
-    if bad:
-        others = f" and of {len(bad) - 1} other layers" if len(bad) > 1 else ""
-        raise NumericsError(
-            f"step {step}: router logits of {bad[0]}{others} are not finite; the weights are still "
-            "those of the step before: lower optimizer.lr, or look at this step's samples"
-        )
+    totals = flat.split([steering.pending.numel() for steering in steered])
     for steering, total in zip(steered, totals, strict=True):
         steering.update(total)
         steering.pending.zero_()
+
+
+def counted(model: nn.Module) -> list[Tensor]:
+    """What routers have counted, before a step that may be skipped."""
+    return [buffer.clone() for buffer in _counting(model)]
+
+
+@torch.no_grad()
+def forget(model: nn.Module, before: list[Tensor] | None = None) -> None:
+    """Let a step leave no trace: counters are again as `counted` had them (None: zero)."""
+    now = _counting(model)
+    for buffer, value in zip(now, before or map(torch.zeros_like, now), strict=True):
+        buffer.copy_(value)
+    for layer in moe_layers(model).values():
+        layer.router.broken.zero_()
+        if layer.router.steering is not None:
+            layer.router.steering.pending.zero_()
+        layer.clock.reset()
+
+
+def _counting(model: nn.Module) -> list[Tensor]:
+    return [
+        buffer
+        for router in routers_of(model).values()
+        for buffer in (router.load_E, router.placed_E, router.sums)
+    ]
 
 
 @dataclass(frozen=True)
