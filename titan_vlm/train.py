@@ -23,15 +23,13 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from titan_vlm import distributed, events, launched, run_dir
 from titan_vlm.assembly import Parts, assemble, export
 from titan_vlm.config import Config, config_from_args, config_to_toml
-from titan_vlm.conflicts import holds_out_digits, is_same_data
 from titan_vlm.data.chat import Encoder
 from titan_vlm.data.ledger import Ledger
 from titan_vlm.data.loader import MAX_REASONS, RowLoader, build_loader, merge_states
 from titan_vlm.data.packing import Counts
 from titan_vlm.data.rows import collate
-from titan_vlm.data.sources.hf import has_split
 from titan_vlm.errors import CheckpointError, ConfigError, DataEnded, DataError, NumericsError
-from titan_vlm.evaluation.validate import Result, Validator
+from titan_vlm.evaluation.validate import Result, Validator, has_held_out_data
 from titan_vlm.hang import Watch
 from titan_vlm.mesh import Mesh, build_mesh, rank, size
 from titan_vlm.models.init import init_weights
@@ -179,8 +177,7 @@ def prepare(config: Config) -> "Run":
         Guard(config.guards, events.write),
     )
     resume(run, resume_from)
-    if config.data.ledger and rank(mesh.pp) == rank(mesh.tp) == 0:  # of those with the same rows
-        run.ledger = Ledger(output, reader, readers, run.step)
+    open_ledger(run)
     place_experts(run)
     # Last, for a run that is refused must not change the one it met.
     run_dir.describe(output, config, plan.degrees)
@@ -403,23 +400,6 @@ def fill(model: nn.Module, parts: Parts, config: Config, device: torch.device, f
         init_weights(model, config.run.seed, parts.dims.text.initializer_range)
 
 
-def has_held_out_data(config: Config) -> bool:
-    """Sources without splits hold data out only where `eval.path` names it; a Hugging Face dataset
-    also where it has the split `eval.split`."""
-    data, evaluation = config.data, config.eval
-    if data.sources or data.source != "hf" or not is_same_data(evaluation.path, data.path):
-        return bool(evaluation.path) or holds_out_digits(data)
-    if has_split(data.path, evaluation.split):
-        return True
-    if evaluation.every:
-        raise ConfigError(
-            f'eval.split = "{evaluation.split}": {data.path} has no such split and eval.every is '
-            f"{evaluation.every}; name another one or eval.path, or set eval.every = 0"
-        )
-    logger.info('no validation: %s has no split "%s"', data.path, evaluation.split)
-    return False
-
-
 # ---------------------------------------------------------------------------- save, resume, export
 
 
@@ -456,6 +436,18 @@ def roll_back(run: Run) -> None:
     resume(run, checkpoint)
     place_experts(run)
     run.guard.rolled_back(before, checkpoint)
+    open_ledger(run)
+
+
+def open_ledger(run: Run) -> None:
+    """Go on with the ledger behind the step that the run is at."""
+    if run.ledger:
+        run.ledger.close()
+    mesh = run.mesh
+    # One of those that read the same rows.
+    if run.config.data.ledger and rank(mesh.pp) == rank(mesh.tp) == 0:
+        reader, readers = mesh.batch.get_local_rank(), mesh.batch.size()
+        run.ledger = Ledger(run.output, reader, readers, run.step)
 
 
 def place_experts(run: Run) -> None:

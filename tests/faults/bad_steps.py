@@ -61,6 +61,11 @@ def spoil_router(run_, loss):
 SPOILS = {"gradient": spoil_gradient, "loss": spoil_loss, "router": spoil_router}
 
 
+def raise_loss(run_, loss):
+    """To a spike."""
+    return 50 * loss
+
+
 @contextmanager
 def spoiled_steps(kind: str, steps: set[int], rank: int, once: bool = False):
     """The pass of these steps (counted from 1) goes wrong, on this rank alone; `once`: not when the
@@ -71,7 +76,7 @@ def spoiled_steps(kind: str, steps: set[int], rank: int, once: bool = False):
         loss = whole(run_, batches, targets)
         if run_.step + 1 in left and dist.get_rank() == rank:
             left.difference_update({run_.step + 1} if once else ())
-            loss = SPOILS[kind](run_, loss)
+            loss = (SPOILS | {"spike": raise_loss})[kind](run_, loss)
         return loss
 
     with patch.object(train, "forward_backward", forward_backward):

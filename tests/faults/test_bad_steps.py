@@ -23,7 +23,7 @@ from tests.faults.bad_steps import (
     spoiled_steps,
     state_of,
 )
-from tests.small_run import curve, run
+from tests.small_run import curve, run, run_killed
 from titan_vlm import train
 from titan_vlm.config import Guards, load_config
 from titan_vlm.errors import ConfigError, NumericsError
@@ -281,27 +281,17 @@ def test_a_spike_is_said_in_words(alone):
 
 
 def test_a_run_that_skips_spikes_resumes_with_the_same_decisions(tmp_path):
-    """Gradient norms of the small run spread widely: at 1.5 deviations some are spikes."""
-    changes = STEERED | {"training__steps": "36", "checkpoint__every": "25"}
-    changes |= {"guards__spike_zscore": "1.5", "guards__on_spike": "skip"}
-    changes |= {"schedule__warmup_steps": "0", "guards__spike_window": "20"}
-    assert run(tmp_path / "whole", **changes) == 0
+    """Steps 28 and 33 are spikes; step 25 was saved, and step 30 never came to its end."""
+    changes = STEERED | {"training__steps": "34", "checkpoint__every": "25"}
+    changes |= {"guards__spike_zscore": "25", "guards__on_spike": "skip"}
+    with spoiled_steps("spike", {28, 33}, rank=0):
+        assert run(tmp_path / "whole", **changes) == 0
+        run_killed(tmp_path / "killed", 30, **changes)
+        assert run(tmp_path / "killed", **changes) == 0
     skipped = [r["guards/skipped_steps"] for r in records(tmp_path / "whole")]
-    assert skipped[25] < skipped[-1]
-    whole = train.train_step
-
-    def kill(state, metrics):
-        if state.step == 30:
-            raise KeyboardInterrupt
-        whole(state, metrics)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "train_step", kill)
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "killed", **changes)
-    assert run(tmp_path / "killed", **changes) == 0
-    assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
+    assert skipped == [0] * 27 + [1] * 5 + [2] * 2
     assert [r["guards/skipped_steps"] for r in records(tmp_path / "killed")] == skipped
+    assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,13 @@ import torch
 from torch import nn
 
 from titan_vlm.config import Config
+from titan_vlm.conflicts import holds_out_digits, is_same_data
 from titan_vlm.data.chat import Encoder, Sample, text_of
 from titan_vlm.data.rows import collate, make_row
 from titan_vlm.data.sample import RawSample
 from titan_vlm.data.sources import build_held_out
-from titan_vlm.errors import DataError
+from titan_vlm.data.sources.hf import has_split
+from titan_vlm.errors import ConfigError, DataError
 from titan_vlm.inference.generate import Prompt, greedy
 from titan_vlm.training.loss import chunked_cross_entropy
 
@@ -164,3 +166,20 @@ def make_prompt(encoder: Encoder, messages: list[dict]) -> Prompt:
         pixels_NC=torch.from_numpy(np.concatenate(pixels)),
         grids=[visual.grid for visual in sample.visuals],
     )
+
+
+def has_held_out_data(config: Config) -> bool:
+    """Sources without splits hold data out only where `eval.path` names it; a Hugging Face dataset
+    also where it has the split `eval.split`."""
+    data, evaluation = config.data, config.eval
+    if data.sources or data.source != "hf" or not is_same_data(evaluation.path, data.path):
+        return bool(evaluation.path) or holds_out_digits(data)
+    if has_split(data.path, evaluation.split):
+        return True
+    if evaluation.every:
+        raise ConfigError(
+            f'eval.split = "{evaluation.split}": {data.path} has no such split and eval.every is '
+            f"{evaluation.every}; name another one or eval.path, or set eval.every = 0"
+        )
+    logger.info('no validation: %s has no split "%s"', data.path, evaluation.split)
+    return False

@@ -74,7 +74,7 @@ class State:
     """What a checkpoint keeps.
 
     losses, norms   of the last updates, newest last
-    skipped_steps, passed_rows, rollbacks   since the run began
+    skipped_steps, passed_rows, rollbacks   since the run began; steps rolled back are not in it
     avoid           rows to pass over: (first, end) in the run's sequence
     streak          the steps skipped since the last update: step, why, rows, samples
     passed_at       the step after which the last rollback passed over rows
