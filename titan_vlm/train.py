@@ -63,10 +63,13 @@ def main(argv: list[str]) -> int:
     command goes on."""
     try:
         config = config_from_args(argv)
-        watch = Watch(config.comm.timeout_s, Path(config.run.output_dir) / "flight_recorder")
-        with run_dir.told(), Stop(config.training.max_hours) as stop, watch:
-            with MemoryReport(config) as memory:
-                train(config, watch, stop, memory)
+        with (
+            run_dir.told(),
+            Stop(config.training.max_hours) as stop,
+            Watch(config.comm.timeout_s, Path(config.run.output_dir) / "flight_recorder") as watch,
+            MemoryReport(config) as memory,
+        ):
+            train(config, watch, stop, memory)
     except (ConfigError, DataError, NumericsError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         if distributed.is_hidden_rank():  # torchrun ends all with the first, so let the seen one be

@@ -18,7 +18,7 @@ from titan_vlm.data.images import visual_spec
 from titan_vlm.data.sources import build_held_out, build_source
 from titan_vlm.data.tokenizer import load_tokenizer
 from titan_vlm.errors import ConfigError, DataError
-from titan_vlm.train import has_held_out_data
+from titan_vlm.evaluation.validate import has_held_out_data
 
 PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "cc12m-train-0000.tar"
 
