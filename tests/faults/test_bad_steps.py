@@ -59,7 +59,7 @@ def test_a_skipped_step_leaves_no_trace_but_in_the_count(tmp_path, kind):
     said = {"gradient": "gradient norm is nan", "loss": "loss is inf", "router": "router logits"}
     assert said[kind] in told[0][1]["why"] and said[kind] in heard.said[0]
     samples = told[0][1]["samples"]
-    assert samples and all(name.startswith("digits/train/") for name in samples)
+    assert samples and all(name.startswith("digits:") for name in samples)
     assert (
         f"step 2 is skipped (1 in a row): {told[0][1]['why']}; samples: {samples[0]}"
         in (heard.said[0])
@@ -98,7 +98,7 @@ def test_a_rollback_gives_the_run_whose_data_never_had_these_rows(tmp_path, caps
     assert "rows passed over 4" in capsys.readouterr().out
     rolled = [text for text in heard.said if text.startswith("rolled back to step 3: 2 steps")]
     assert len(rolled) == 1 and "the rows of steps 5 to 6 will be passed over" in rolled[0]
-    assert any(text.startswith("passed over 4 rows: digits/train/") for text in heard.said)
+    assert any(text.startswith("passed over 4 rows: digits:") for text in heard.said)
 
 
 def test_the_same_with_loader_processes_and_saves_in_the_background(tmp_path):
@@ -154,7 +154,7 @@ def test_what_is_due_while_steps_are_skipped_is_saved_after_the_next_good_one(tm
             {2},
             "error: step 2: loss is inf; the weights are still those of step 1; last good "
             "checkpoint: there is none; try a lower optimizer.lr, a smaller training.max_norm, or "
-            "the data without some of these samples: digits/train/",
+            "the data without some of these samples: digits:",
         ),
         (
             {},
@@ -179,7 +179,7 @@ def test_where_there_is_no_way_back_the_run_says_what_went_wrong(
     with spoiled_steps("loss", steps, rank=0):
         assert run(tmp_path, **(SKIPS | changes)) == 2
     errors = [x for x in capfd.readouterr().err.splitlines() if x.startswith("error:")]
-    assert len(errors) == 1 and said in errors[0] and "digits/train/" in errors[0]
+    assert len(errors) == 1 and said in errors[0] and "digits:" in errors[0]
 
 
 def test_another_rollback_needs_a_checkpoint_that_was_due_in_between(tmp_path):

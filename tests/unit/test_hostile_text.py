@@ -14,6 +14,7 @@ from titan_vlm.config import Data, load_config
 from titan_vlm.data.chat import Encoder
 from titan_vlm.data.limits import limits
 from titan_vlm.data.loader import PackedRows, RowLoader
+from titan_vlm.data.mixture import Member, Mixture
 from titan_vlm.data.sources.files import JsonlFile
 from titan_vlm.data.sources.jsonl import JsonlSource
 from titan_vlm.data.tokenizer import load_tokenizer
@@ -148,12 +149,16 @@ def test_what_is_hostile_is_counted_and_the_rest_is_trained_on(tmp_path):
     path.write_text("\n".join(line for pair in zip(hostile, lines, strict=True) for line in pair))
     source = JsonlSource(str(path), "openai", limits=limits(Data(max_sample_bytes=4000)))
     rows = PackedRows(
-        source, Encoder(load_tokenizer(), SPEC), seq_len=64, virtual_shards=1, window=16
+        Mixture([Member("odd", source)]),
+        Encoder(load_tokenizer(), SPEC),
+        seq_len=64,
+        virtual_shards=1,
+        window=16,
     )
     loader, seen = RowLoader(rows), set()
     for _ in range(40):
-        seen |= set(next(loader).sample_ids)
-    assert seen == {str(k) for k in range(8)}
+        seen |= {int(name.split(":")[2]) for name in next(loader).sample_ids}
+    assert seen == set(range(1, 16, 2))
     assert loader.counts.bad / loader.counts.seen == pytest.approx(0.5, abs=0.1)
     assert all(f"{path}:" in reason for reason in loader.reasons) and loader.reasons
 

@@ -11,7 +11,7 @@ from titan_vlm.models.layers.head import whole
 
 class Loss(Silent):
     def end_step(self, step, loss, **_):
-        self.loss = loss.item()
+        self.loss = loss
 
 
 def first_loss(output, **changes):

@@ -22,12 +22,12 @@ Which samples are taken hence depends on the weights and on the shard alone, not
 import logging
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
-from titan_vlm.config import Data
+from titan_vlm.config import Data, Samples
 from titan_vlm.data.sources import build_source
 from titan_vlm.errors import ConfigError, DataEnded, DataError
 
@@ -213,10 +213,12 @@ def build_mixture(data: Data, seed: int) -> Mixture:
     members = []
     for k, table in enumerate(data.sources):
         try:
-            source = build_source(table, table.split, seed)
+            # Its own keys, and what [data] says of all, such as limits.
+            own = {field.name: getattr(table, field.name) for field in fields(Samples)}
+            source = build_source(replace(data, **own), table.split, seed)
         except ConfigError as error:
-            own = rf"data.sources[{k}].\1"
-            raise ConfigError(re.sub(r"^data\.(\w+)", own, str(error))) from error
+            where = rf"data.sources[{k}].\1"
+            raise ConfigError(re.sub(r"^data\.(\w+)", where, str(error))) from error
         weight = table.weight or len(source) ** (1 / data.mixture_temperature)
         members.append(Member(table.name, source, weight, table.epochs, table.path))
     mixture = Mixture(members, seed, data.mixture_by)
