@@ -46,16 +46,16 @@ SKIPS = STEERED | {"guards__max_skips": "2", "training__steps": "8"}
 def test_a_skipped_step_leaves_no_trace_but_in_the_count(tmp_path, kind):
     """Weights, moments, biases, counters: as in a run by hand that leaves the update out."""
     told = []
-    with spoiled_steps(kind, {2, 4}, rank=0), Listener() as heard:
+    with spoiled_steps(kind, {2, 5}, rank=0), Listener() as heard:
         ours = guarded(tmp_path / "ours", STEERED, 5, lambda k, **facts: told.append((k, facts)))
     assert ours.step == 5 and ours.guard.counts()["skipped_steps"] == 2
     ours_state = state_of(ours)
     dist.destroy_process_group()
-    theirs = by_hand(tmp_path / "theirs", STEERED, {2, 4}, 5)
+    theirs = by_hand(tmp_path / "theirs", STEERED, {2, 5}, 5)
     assert_same(ours_state, state_of(theirs))
     assert ours.loader.state_dict() == theirs.loader.state_dict()
     dist.destroy_process_group()
-    assert [(k, facts["step"]) for k, facts in told] == [("skip", 2), ("skip", 4)]
+    assert [(k, facts["step"]) for k, facts in told] == [("skip", 2), ("skip", 5)]
     said = {"gradient": "gradient norm is nan", "loss": "loss is inf", "router": "router logits"}
     assert said[kind] in told[0][1]["why"] and said[kind] in heard.said[0]
     samples = told[0][1]["samples"]
@@ -112,10 +112,11 @@ def test_the_same_with_loader_processes_and_saves_in_the_background(tmp_path):
 
 def test_a_run_killed_after_the_rollback_passes_over_the_same_rows(tmp_path):
     """Though nothing is wrong with them any more when it is resumed."""
+    changes = SKIPS | {"checkpoint__every": "4"}
     whole, killed = train.train_step, []
 
     def kill(state, metrics):
-        if state.guard.state.rollbacks and state.step == 4:
+        if state.guard.state.rollbacks and state.step == 5:
             killed.append(state.checkpointer.latest())
             raise KeyboardInterrupt
         whole(state, metrics)
@@ -123,13 +124,13 @@ def test_a_run_killed_after_the_rollback_passes_over_the_same_rows(tmp_path):
     with pytest.MonkeyPatch.context() as patch, spoiled_steps("loss", {6, 7}, 0, once=True):
         patch.setattr(train, "train_step", kill)
         with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "ours", **SKIPS)
-    assert killed == [4]  # saved after the first good step, before the bad rows come
+            run(tmp_path / "ours", **changes)
+    assert killed == [5]  # saved after the first good step, before the bad rows come
     with Listener() as heard:
-        assert run(tmp_path / "ours", **SKIPS) == 0
+        assert run(tmp_path / "ours", **changes) == 0
     assert any(text.startswith("passed over 4 rows") for text in heard.said)
     with rows_changed(leave_out({10, 11, 12, 13})):
-        assert run(tmp_path / "theirs", **SKIPS) == 0
+        assert run(tmp_path / "theirs", **changes) == 0
     assert curve(tmp_path / "ours") == curve(tmp_path / "theirs")
     assert records(tmp_path / "ours")[-1]["guards/rollbacks"] == 1
 
@@ -192,6 +193,15 @@ def test_another_rollback_needs_a_checkpoint_that_was_due_in_between(tmp_path):
     with rows_changed(leave_out({8, 9, 10, 11, 20, 21, 22, 23})):
         assert run(tmp_path / "theirs", **changes) == 0
     assert curve(tmp_path / "ours") == curve(tmp_path / "theirs")
+
+
+def test_one_good_step_in_between_is_no_reason_for_another(tmp_path, capfd):
+    """Rows 6 to 9 send the run back to step 3; step 4 is good and saved, steps 5 and 6 are bad."""
+    with rows_changed(spoil_pixels({6, 8, 12, 14})):
+        assert run(tmp_path, **SKIPS) == 2
+    said = capfd.readouterr().err
+    assert "2 steps in a row are bad again, after a rollback" in said
+    assert "last good checkpoint: it is of step 4" in said
 
 
 # ---------------------------------------------------------------------------- spikes
