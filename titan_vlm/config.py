@@ -365,7 +365,7 @@ class Checkpoint:
     resume: str = setting(
         "auto",
         "auto: continue from the newest whole checkpoint; none: refuse to start where there is "
-        "one; or the step to go back to.",
+        "one; or the step to go back to, once.",
     )
     initial_load_path: str = setting(
         "", "Hugging Face directory to start from; a checkpoint in output_dir goes before it."

@@ -179,6 +179,18 @@ def test_going_back_to_a_step_leaves_the_later_ones_where_nobody_takes_them_up(t
     assert (tmp_path / "step-000002.abandoned" / "manifest.json").exists()
 
 
+def test_the_command_that_went_back_goes_on_when_it_is_started_again(tmp_path):
+    """Else each automatic restart would go back anew."""
+    trained(tmp_path)
+    run = Run(tmp_path, resume="1", keep_latest_k=0)
+    assert run.resume() == 1
+    for step in (2, 3):
+        run.train(1)
+        run.save(step)
+    assert Run(tmp_path, resume="1").resume() == 3
+    assert Run(tmp_path, resume="2").resume() == 2
+
+
 def test_a_step_that_is_not_there_and_a_start_that_must_be_new_are_refused(tmp_path):
     trained(tmp_path)
     with pytest.raises(ConfigError, match='resume = "7": .* has 1, 2'):

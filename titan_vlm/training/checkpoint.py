@@ -29,6 +29,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +204,7 @@ class Checkpointer:
         temporary = self._together(lambda: self.storage.temporary(name))
         dcp.save(state, storage_writer=self.storage.writer(temporary), **self._world)
         files = self._of_all_ranks(self.storage.written)
-        content = manifest.make(step, files, self.about)
+        content = manifest.make(step, files, {"resume": self.config.resume} | self.about)
         self._together(lambda: self.storage.commit(temporary, name, content))
         self.tell(
             "save",
@@ -303,7 +304,7 @@ class Checkpointer:
                 f'checkpoint.resume = "none": {self.storage.root} has checkpoints (newest: step '
                 f'{steps[-1]}); use another run.output_dir, or "auto" to continue'
             )
-        if resume.isdecimal():
+        if resume.isdecimal() and not self._together(lambda: self._went_back(int(resume), steps)):
             return self._find_step(int(resume), steps)
         return self._newest_whole(steps)
 
@@ -339,6 +340,15 @@ class Checkpointer:
                     "damaged checkpoint of %s; it is kept as %s and the one before is used",
                     *(_list({step: found}), aside),
                 )
+
+    def _went_back(self, step: int, steps: list[int]) -> bool:
+        """Whether this command has gone back to `step` before: then it goes on, like any other."""
+        for later in steps:
+            if later > step:
+                with suppress(OSError, ValueError):
+                    if manifest.read(self.storage, _name(later)).get("resume") == str(step):
+                        return True
+        return False
 
     def _rename(self, step: int, why: str) -> str:
         return self._together(lambda: self.storage.set_aside(_name(step), why))

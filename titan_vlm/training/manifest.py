@@ -2,8 +2,8 @@
 
     {"format": 1, "step": 100, "saved_at": "2025-01-31T12:00:00+00:00",
      "files": {"__0_0.distcp": {"bytes": 123, "sha256": "..."}, ".metadata": {...}},
-     "versions": {"torch": "2.13.0", ...}, "mesh": {"dp_shard": 4, ...}, "config": "[run]...",
-     "sha256": "of all this without this line"}
+     "versions": {"torch": "2.13.0", ...}, "resume": "auto", "mesh": {"dp_shard": 4, ...},
+     "config": "[run]...", "sha256": "of all this without this line"}
 
 It is the last file that is written; a folder without one is no checkpoint.
 """
