@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from scripts import bench_moe, bench_train, moe_sides
+from scripts import bench_moe, bench_moe_parts, bench_train, moe_sides
 from titan_vlm.models.inputs import IGNORE_LABEL
 
 CPU = torch.device("cpu")
@@ -120,3 +120,16 @@ def test_moe_sides_take_turns_and_the_median_step_counts():
     assert order == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2)]
     rates = bench_moe.rates(SHAPE, bench_moe.Seconds(1e-12, 1e-12))
     assert rates == (6 * 80 * 32 * 16, 12 * 80 * 32 * 16)
+
+
+@pytest.mark.parametrize("part", bench_moe_parts.PLAIN)
+def test_a_part_written_plainly_computes_the_same(part):
+    shape = moe_sides.Shape(tokens=40, width=16, hidden=16, experts=4, top_k=2)
+    side = moe_sides.our_side(
+        shape, moe_sides.make_weights(shape, "cpu"), torch.float32, torch.float32, "cpu"
+    )
+    x_TD = moe_sides.make_tokens(shape, 0, torch.float32, "cpu")
+    expected = moe_sides.output_and_gradient(side, x_TD)
+    with bench_moe_parts.PLAIN[part]():
+        plain = moe_sides.output_and_gradient(side, x_TD)
+    torch.testing.assert_close(plain, expected, rtol=1e-5, atol=1e-6)
