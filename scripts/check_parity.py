@@ -140,9 +140,9 @@ class Trace:
     def due(self, step: int) -> bool:
         return True
 
-    def end_step(self, step: int, loss: Tensor, grad_norm: Tensor, expert_loads, routing, **_):
-        self.losses.append(loss.item())
-        self.norms.append(grad_norm.item())
+    def end_step(self, step: int, loss: float, grad_norm: float, expert_loads, routing, **_):
+        self.losses.append(loss)
+        self.norms.append(grad_norm)
         self.loads.append({name: load_E.tolist() for name, load_E in expert_loads.items()})
         figures = {f"{name}.{key}": x for name, of in routing.items() for key, x in of.items()}
         self.routing.append(figures)

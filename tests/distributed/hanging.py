@@ -17,13 +17,13 @@ STEP = 1  # steps done before
 
 
 def data(sleep):
-    whole = RowLoader.__iter__
+    whole = RowLoader.__next__
 
-    def rows(loader):
+    def row(loader):
         sleep()
         return whole(loader)
 
-    RowLoader.__iter__ = rows
+    RowLoader.__next__ = row
 
 
 def experts(sleep):

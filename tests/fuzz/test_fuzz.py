@@ -48,6 +48,14 @@ SPEC = VisualSpec(1024, 65536, 1024, 65536)
 inputs = pytest.mark.parametrize("inputs", [QUICK, pytest.param(FULL, marks=pytest.mark.slow)])
 
 
+@pytest.fixture(autouse=True)
+def subnormal_numbers():
+    """Hypothesis wants them; the trainer, in tests before these, has switched them off."""
+    torch.set_flush_denormal(False)
+    yield
+    torch.set_flush_denormal(True)
+
+
 def fuzz(strategy, use, inputs: int) -> None:
     """Calls `use` with that many examples, the same ones each time."""
     count = 0
