@@ -27,6 +27,7 @@ from typing import Any
 
 from titan_vlm import events
 from titan_vlm.training import manifest
+from titan_vlm.training.storage import Storage
 
 RECENT_S = 900
 TAIL_BYTES = 1 << 16  # of metrics.jsonl: the newest record is in there
@@ -90,7 +91,7 @@ def look(folder: Path, above: Path, verify: bool) -> dict[str, Any]:
         "loss": last.get("loss"),
         "state": state_of(folder, told[starts[-1] :] if starts else []),
         "restarts": max(len(starts) - 1, 0),
-        "checkpoints": checkpoints(folder / "checkpoints", verify),
+        "checkpoints": checkpoints(where_checkpoints_lie(folder), verify),
     }
 
 
@@ -160,19 +161,27 @@ def seems_alive(folder: Path, start: dict[str, Any]) -> bool:
     return time.time() - newest < RECENT_S
 
 
-def checkpoints(folder: Path, verify: bool) -> list[dict[str, Any]]:
+def where_checkpoints_lie(folder: Path) -> str:
+    """`checkpoint.directory` of the run, or the folder in its own."""
+    try:
+        config = tomllib.loads((folder / "config.toml").read_text())
+    except (OSError, ValueError):
+        config = {}
+    return config.get("checkpoint", {}).get("directory") or str(folder / "checkpoints")
+
+
+def checkpoints(directory: str, verify: bool) -> list[dict[str, Any]]:
     """Oldest first; of unfinished ones there is nothing to check."""
-    found = []
-    for path in sorted(folder.glob("step-*")):
-        name = FOLDER.fullmatch(path.name)
-        if name and path.is_dir():
+    storage, found = Storage(directory), []
+    for folder in storage.names():
+        if name := FOLDER.fullmatch(folder):
             found.append(
                 {
                     "step": int(name[1]),
-                    "folder": path.name,
-                    "bytes": sum(f.stat().st_size for f in path.rglob("*") if f.is_file()),
+                    "folder": folder,
+                    "bytes": sum(storage.size(folder, file) for file in storage.names(folder)),
                     "complete": name[2] is None,
-                    "problems": [] if name[2] else manifest.check(path, checksums=verify),
+                    "problems": [] if name[2] else manifest.problems(storage, folder, verify),
                 }
             )
     return sorted(found, key=lambda checkpoint: (checkpoint["step"], checkpoint["folder"]))

@@ -1,19 +1,26 @@
-"""What a configuration names, made concrete: tokenizer, dimensions, pictures; and their export."""
+"""What a configuration names, made concrete: tokenizer, dimensions, pictures, the model and its
+weights; and their export."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from titan_vlm.config import Config
 from titan_vlm.data.images import VisualSpec, visual_spec
 from titan_vlm.data.processor_config import processor_configs
 from titan_vlm.data.tokenizer import load_tokenizer, visual_token_ids
+from titan_vlm.models.init import init_weights
 from titan_vlm.models.moe.placement import LogicalOrder
 from titan_vlm.models.registry import ModelSpec, model_config, model_spec
+from titan_vlm.parallel.local import tie, tied_parameters
+
+logger = logging.getLogger("titan_vlm")
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -63,3 +70,35 @@ def export(
         dtype=getattr(torch, dtype),
         **options,
     )
+
+
+def build_model(parts: Parts, config: Config) -> nn.Module:
+    """The model on the meta device: it has no memory until it is sharded, so that no rank ever
+    holds the whole."""
+    with torch.device("meta"):
+        model = parts.spec.build(parts.dims).to(DTYPES[config.training.dtype])
+    logger.info(
+        "%s %s: %.1f M parameters, %s",
+        config.model.name,
+        config.model.flavor,
+        sum(p.numel() for p in model.parameters()) / 1e6,
+        config.training.dtype,
+    )
+    return model
+
+
+def fill(model: nn.Module, parts: Parts, config: Config, device: torch.device, fresh: bool) -> None:
+    """Give this rank's part of the model memory, and its weights: from Hugging Face, from the seed,
+    or (not `fresh`) from the checkpoint that is about to be loaded."""
+    tied = tied_parameters(model)
+    model.to_empty(device="cpu" if config.parallelism.cpu_offload else device)
+    tie(tied)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = torch.zeros_like(buffer, device=device)  # they are counters
+    if fresh and config.checkpoint.initial_load_path:
+        parts.spec.load_hf(model, config.checkpoint.initial_load_path, config.run.seed)
+        logger.info("weights: from %s", config.checkpoint.initial_load_path)
+    elif fresh:
+        logger.info("weights: random, seed %d", config.run.seed)
+        init_weights(model, config.run.seed, parts.dims.text.initializer_range)

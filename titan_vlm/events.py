@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import threading
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
@@ -65,7 +66,8 @@ def close() -> None:
     global _file
     with _lock:
         if _file is not None:
-            _file.close()
+            with suppress(OSError):  # what it could not write was said then
+                _file.close()
         _file = None
 
 

@@ -7,6 +7,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -61,6 +62,7 @@ def end() -> None:
     global _handler
     if _handler is not None:
         logging.getLogger().removeHandler(_handler)
-        _handler.close()
+        with suppress(OSError):  # a full disk
+            _handler.close()
         _undo.pop()()
     _handler = None

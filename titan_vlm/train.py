@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from titan_vlm import distributed, events, launched, run_dir
-from titan_vlm.assembly import Parts, assemble, export
+from titan_vlm.assembly import Parts, assemble, build_model, export, fill
 from titan_vlm.config import Config, config_from_args, config_to_toml
 from titan_vlm.data.chat import Encoder
 from titan_vlm.data.ledger import Ledger
@@ -32,12 +32,10 @@ from titan_vlm.errors import CheckpointError, ConfigError, DataEnded, DataError,
 from titan_vlm.evaluation.validate import Result, Validator, has_held_out_data
 from titan_vlm.hang import Watch
 from titan_vlm.mesh import Mesh, build_mesh, rank, size
-from titan_vlm.models.init import init_weights
 from titan_vlm.models.inputs import Batch
 from titan_vlm.models.layers.head import Head
 from titan_vlm.models.moe.tokens import Moment
 from titan_vlm.parallel import placement
-from titan_vlm.parallel.local import tie, tied_parameters
 from titan_vlm.parallel.pipeline import Pipeline
 from titan_vlm.parallelize import make_plan, parallelize
 from titan_vlm.training import routing
@@ -53,7 +51,6 @@ from titan_vlm.training.stop import Stop
 
 logger = logging.getLogger("titan_vlm")
 REFUSAL_S = 5.0  # how long other ranks leave to the one whose output is seen
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.float32}
 
 
 @record  # torchrun shows the traceback of a rank whose output it hides
@@ -103,26 +100,16 @@ def train(config: Config, watch: Watch, stop: Stop, memory: MemoryReport) -> Non
     )
     if run.step >= config.training.steps:
         logger.info("this run is finished: step %d of %d", run.step, config.training.steps)
-    while run.step < config.training.steps and not stop.agreed(run.step):
-        watch.step = run.step + 1
-        try:
-            train_step(run, metrics)
-        except DataEnded:  # on every rank, before anything was changed
+    try:
+        train_steps(run, metrics, validator, watch, stop)
+    except (DataError, NumericsError):  # of all ranks; what is being written becomes a checkpoint
+        run.checkpointer.settle()
+        raise
+    # In a row of bad steps the last checkpoint is as far as a run that stops has come.
+    if run.step and not (stop.reason and run.guard.state.streak):
+        for _ in range(2):  # again where the storage failed; else a step is not saved twice
             save(run)
             run.checkpointer.wait()
-            raise
-        if run.guard.gives_up:
-            roll_back(run)
-            metrics.restart(run.step)
-            continue
-        last = run.step == config.training.steps
-        if validator and (last or (due(run.step, config.eval.every) and not stop.agreed(run.step))):
-            validate(run, validator, metrics)
-        if run.guard.may_save(run.step, due(run.step, config.checkpoint.every)) or last:
-            with metrics.pause():
-                save(run, must=last)
-    if stop.reason and run.step:
-        save(run)
     run.checkpointer.close()
     run.loader.close()
     if run.ledger:
@@ -133,6 +120,31 @@ def train(config: Config, watch: Watch, stop: Stop, memory: MemoryReport) -> Non
     else:
         export_hf(run)
     events.write("stop", step=run.step, **stop.outcome())
+
+
+def train_steps(
+    run: "Run", metrics: MetricsLogger, validator: Validator | None, watch: Watch, stop: Stop
+) -> None:
+    """Until the last step, or the one after which the ranks have agreed to stop."""
+    config = run.config
+    while run.step < config.training.steps and not stop.agreed(run.step):
+        watch.step = run.step + 1
+        try:
+            train_step(run, metrics)
+        except DataEnded:  # on every rank, before anything was changed
+            if not run.guard.state.streak:
+                save(run)
+            raise
+        if run.guard.gives_up:
+            roll_back(run)
+            metrics.restart(run.step)
+            continue
+        last = run.step == config.training.steps
+        if validator and (last or (due(run.step, config.eval.every) and not stop.agreed(run.step))):
+            validate(run, validator, metrics)
+        if run.guard.may_save(run.step, due(run.step, config.checkpoint.every)):
+            with metrics.pause():
+                save(run, must=False)
 
 
 def prepare(config: Config) -> "Run":
@@ -371,43 +383,13 @@ def validate(run: Run, validator: Validator, metrics: MetricsLogger) -> Result:
 # ---------------------------------------------------------------------------- setting up
 
 
-def build_model(parts: Parts, config: Config) -> nn.Module:
-    """The model on the meta device: it has no memory until it is sharded, so that no rank ever
-    holds the whole."""
-    with torch.device("meta"):
-        model = parts.spec.build(parts.dims).to(DTYPES[config.training.dtype])
-    logger.info(
-        "%s %s: %.1f M parameters, %s",
-        config.model.name,
-        config.model.flavor,
-        sum(p.numel() for p in model.parameters()) / 1e6,
-        config.training.dtype,
-    )
-    return model
-
-
-def fill(model: nn.Module, parts: Parts, config: Config, device: torch.device, fresh: bool) -> None:
-    """Give this rank's part of the model memory, and its weights: from Hugging Face, from the seed,
-    or (not `fresh`) from the checkpoint that is about to be loaded."""
-    tied = tied_parameters(model)
-    model.to_empty(device="cpu" if config.parallelism.cpu_offload else device)
-    tie(tied)
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = torch.zeros_like(buffer, device=device)  # they are counters
-    if fresh and config.checkpoint.initial_load_path:
-        parts.spec.load_hf(model, config.checkpoint.initial_load_path, config.run.seed)
-        logger.info("weights: from %s", config.checkpoint.initial_load_path)
-    elif fresh:
-        logger.info("weights: random, seed %d", config.run.seed)
-        init_weights(model, config.run.seed, parts.dims.text.initializer_range)
-
-
 # ---------------------------------------------------------------------------- save, resume, export
 
 
 def save(run: Run, must: bool = True) -> None:
     """Write a checkpoint of this step; unless it `must` be, not while another is being written."""
+    if run.ledger:
+        run.ledger.sync()
     counters = {name: counter.cpu() for name, counter in routing.counters(run.model).items()}
     state = {"loader": run.loader.state_dict(), "routing": counters}
     state |= {"guard": run.guard.state_dict()}

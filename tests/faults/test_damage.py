@@ -1,5 +1,6 @@
 """Every way a checkpoint can be damaged on its disk, and what the next start does about it."""
 
+import io
 import json
 import logging
 import os
@@ -16,7 +17,8 @@ from torch.distributed.checkpoint import FileSystemWriter
 
 from tests.toy_run import Run, assert_same_bits
 from titan_vlm.errors import CheckpointError, ConfigError
-from titan_vlm.training import manifest
+from titan_vlm.jsonl import Lines, open_until
+from titan_vlm.training import manifest, storage
 
 FILES = ("__0_0.distcp", ".metadata", "manifest.json")
 
@@ -328,10 +330,103 @@ def test_a_full_disk_costs_a_save_and_not_the_run(tmp_path):
     assert saved == "save [2]"
 
 
-def test_what_is_loaded_was_checked_by_the_same_checksums_as_in_the_script(tmp_path):
+def test_a_save_that_fails_leaves_no_room_taken_and_says_why(tmp_path, monkeypatch, caplog):
+    """PyTorch's writer hides the error of the disk behind one of its own."""
+
+    class Full(io.FileIO):
+        def write(self, data):
+            if self.tell() > 5000:
+                raise OSError(28, "No space left on device")
+            return super().write(data)
+
+    monkeypatch.setattr(storage, "open", Full, raising=False)
+    run = Run(tmp_path, max_failed_saves=9)
+    run.save(1)
+    assert "No space left on device" in caplog.text and "unexpected pos" not in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_storage_says_of_connections_is_not_a_peer_that_died(tmp_path, monkeypatch):
+    run = Run(tmp_path / "gloo", max_failed_saves=9)
+
+    def write_data(self, *args):
+        raise ConnectionResetError(104, "Connection reset by peer", str(tmp_path))
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", write_data)
+    run.save(1)
+    assert run.events[-1][0] == "failed_save"
+
+
+def test_pruning_that_fails_costs_space_only(tmp_path, monkeypatch, caplog):
+    def remove(self, name):
+        raise RuntimeError("503")  # object stores have errors of their own
+
+    run = Run(tmp_path, keep_latest_k=1)
+    run.save(1)
+    monkeypatch.setattr(storage.Storage, "remove", remove)
+    monkeypatch.setattr(storage.Storage, "temporary", lambda self, name: name + ".tmp")
+    run.save(2)
+    assert "remain: 503" in caplog.text
+    assert run.checkpointer.steps() == [1, 2] and [e[0] for e in run.events] == ["save", "save"]
+
+
+def test_a_read_that_fails_once_damages_nothing(tmp_path, monkeypatch):
     trained(tmp_path)
-    assert manifest.check(tmp_path / "step-000002") == []
-    flipped(tmp_path / "step-000002" / "__0_0.distcp")
-    assert manifest.check(tmp_path / "step-000002", checksums=False) == []
-    [problem] = manifest.check(tmp_path / "step-000002")
-    assert problem == "__0_0.distcp has another checksum than when it was written"
+    monkeypatch.setattr(manifest, "PAUSES_S", (0.0, 0.0))
+    original, failed = manifest.Storage.sha256, []
+
+    def sha256(self, *names):
+        if len(failed) < 2:
+            failed.append(names)
+            raise OSError(116, "Stale file handle")
+        return original(self, *names)
+
+    monkeypatch.setattr(manifest.Storage, "sha256", sha256)
+    resumed = Run(tmp_path)
+    assert resumed.resume() == 2 and len(failed) == 2 and not resumed.events
+
+
+def test_a_start_that_must_be_new_may_be_started_again_by_torchrun(tmp_path, monkeypatch):
+    trained(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert Run(tmp_path, resume="none").resume() == 2
+
+
+def test_metadata_is_written_before_it_is_synced(tmp_path, monkeypatch):
+    sizes, original = [], os.fsync
+
+    def fsync(descriptor):
+        sizes.append(os.fstat(descriptor).st_size)
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    Run(tmp_path).save(1)
+    assert all(sizes)
+
+
+def test_lines_that_a_full_disk_does_not_take_wait(tmp_path, caplog):
+    lines = Lines(tmp_path / "a.jsonl")
+    lines.write({"step": 1})
+    whole = lines._file
+
+    class Full:
+        def write(self, data):
+            if len(data) > 3:
+                return whole.write(data[:3])  # a torn line
+            raise OSError(28, "No space left on device")
+
+    lines._file = Full()
+    lines.write({"step": 2})
+    assert "No space left on device" in caplog.text
+    lines._file = whole
+    lines.write({"step": 3})
+    lines.close()
+    text = (tmp_path / "a.jsonl").read_text()
+    assert text == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
+
+
+def test_torn_lines_anywhere_cost_themselves_alone(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"step": 1}\n{"st\n\0\0\n{"step": 2}\n{"step": 9}\n{"ste')
+    open_until(path, 5).close()
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'

@@ -164,3 +164,13 @@ def test_a_file_that_is_rubbish_does_not_hide_the_others(tmp_path, name):
     make_run(tmp_path / "b", [("stop", {"reason": "finished"})])
     (tmp_path / "a" / name).write_bytes(b"\xff\x00{[")
     assert listed(tmp_path)[0]["b"]["state"] == "finished"
+
+
+def test_checkpoints_elsewhere_are_looked_at_there(tmp_path):
+    make_run(tmp_path / "runs" / "a")
+    make_checkpoint(tmp_path / "elsewhere", 5)
+    directory = tmp_path / "elsewhere" / "checkpoints"
+    with (tmp_path / "runs" / "a" / "config.toml").open("a") as file:
+        file.write(f'[checkpoint]\ndirectory = "{directory}"\n')
+    (checkpoint,) = listed(tmp_path / "runs", "--verify")[0]["a"]["checkpoints"]
+    assert (checkpoint["step"], checkpoint["problems"]) == (5, [])

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from titan_vlm.data.rows import Row
 from titan_vlm.errors import DataError
+from titan_vlm.jsonl import Lines
 
 FOLDER = "ledger"
 _FILE = re.compile(r"reader(\d+)\.jsonl")
@@ -47,7 +48,7 @@ class Ledger:
         path = folder / f"reader{reader}.jsonl"
         path.touch()
         cut_after(path, last_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = Lines(path)
 
     def write(self, step: int, rows: Iterable[Row]) -> None:
         """The rows that this reader brought to a step, counted from 1."""
@@ -58,8 +59,11 @@ class Ledger:
             "rows": sample_ids(rows),
             "skipped": [id for row in rows for id in row.skipped],
         }
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        self._file.write(line)
+
+    def sync(self) -> None:
+        """On the disk, before a checkpoint that counts these samples as read."""
+        self._file.sync()
 
     def close(self) -> None:
         self._file.close()

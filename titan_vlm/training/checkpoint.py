@@ -24,6 +24,7 @@ configuration's, and the schedule is a function of the step.
 """
 
 import logging
+import os
 import re
 import time
 import warnings
@@ -62,8 +63,12 @@ logger = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 _FOLDER = re.compile(r"step-(\d{6,})")
-# What a peer that died or hangs looks like; any other error while saving is the storage's.
+# What PyTorch says of a peer that died or hangs.
 _OF_PEERS = re.compile("gloo|NCCL|Timed out|wait timeout|Connection (closed|reset)")
+
+
+class StorageError(Exception):
+    """The storage failed, for all ranks alike."""
 
 
 class Checkpointer:
@@ -98,7 +103,11 @@ class Checkpointer:
         if not alone:
             self._world = {"process_group": dist.new_group(backend="gloo", group_desc="checkpoint")}
         self._group = self._world.get("process_group")
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        # A thread begins on device 0, where every rank would then make a context.
+        device = (torch.cuda.current_device(),) if torch.cuda.is_initialized() else ()
+        self._thread = ThreadPoolExecutor(
+            1, "checkpoint", initializer=torch.cuda.set_device if device else None, initargs=device
+        )
         self._stager: DefaultStager | None = None
         self._pending: Future | None = None
         self._latest: int | None = None  # the step last saved or loaded here
@@ -163,6 +172,14 @@ class Checkpointer:
         if pending is not None:
             self._finish(pending.step, pending.result)
 
+    def settle(self) -> None:
+        """Let a save that is being written come to its end, where an error is about to end the run;
+        one of its own is logged."""
+        try:
+            self.wait()
+        except CheckpointError as error:
+            logger.warning("%s", error)
+
     def close(self) -> None:
         """Wait for the last save of a run.
 
@@ -201,8 +218,19 @@ class Checkpointer:
     def _write(self, step: int, state: dict[str, Any], start: float) -> None:
         """Write, commit, prune; raises on every rank what went wrong on any."""
         name = _name(step)
+        self.storage.written.clear()
+        self.storage.failure = None
         temporary = self._together(lambda: self.storage.temporary(name))
-        dcp.save(state, storage_writer=self.storage.writer(temporary), **self._world)
+        try:
+            dcp.save(state, storage_writer=self.storage.writer(temporary), **self._world)
+        except CheckpointException as error:  # on every rank, if on any
+            if _is_of_peers(error):
+                raise
+            own = self.storage.failure or _first(error)
+            why = self._of_all_ranks({self.rank: f"{type(own).__name__}: {own}".splitlines()[0]})
+            with suppress(Exception):  # the space that it takes; the next save tries again
+                self._together(lambda: self.storage.remove(temporary))
+            raise StorageError(_list_ranks(why)) from error
         files = self._of_all_ranks(self.storage.written)
         content = manifest.make(step, files, {"resume": self.config.resume} | self.about)
         self._together(lambda: self.storage.commit(temporary, name, content))
@@ -223,16 +251,14 @@ class Checkpointer:
             for step in self.steps()[: -self.config.keep_latest_k]:
                 if step != self._read and not (every and step % every == 0):
                     self.storage.remove(_name(step))
-        except OSError as error:
+        except Exception as error:  # of whatever kind, on this rank alone
             logger.warning("old checkpoints in %s remain: %s", self.storage.root, error)
 
     def _finish(self, step: int, result: Callable[[], None]) -> None:
         try:
             result()
-        except (Exception, CheckpointException) as error:
-            why = _reason(error)
-            if _OF_PEERS.search(why):
-                raise
+        except StorageError as error:
+            why = str(error)
             self._failed += 1
             self._latest = None
             self.tell("failed_save", step=step, why=why)
@@ -262,7 +288,7 @@ class Checkpointer:
         if self._group is not None:
             dist.broadcast_object_list(answer, group=self._group, group_src=0)
         if answer[1] is not None:
-            raise OSError(answer[1])
+            raise StorageError(answer[1])
         return answer[0]
 
     def _of_all_ranks(self, own: dict) -> dict:
@@ -299,7 +325,7 @@ class Checkpointer:
         """
         self._together(self.storage.clear)
         steps, resume = self._together(self.steps), self.config.resume
-        if resume == "none" and steps:
+        if resume == "none" and steps and not _is_restart():
             raise ConfigError(
                 f'checkpoint.resume = "none": {self.storage.root} has checkpoints (newest: step '
                 f'{steps[-1]}); use another run.output_dir, or "auto" to continue'
@@ -422,6 +448,12 @@ class Checkpointer:
         return [rank["caller"] for rank in ranks]
 
 
+def _is_restart() -> bool:
+    """Whether torchrun or SLURM has started this command again by themselves."""
+    counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    return any(os.environ.get(count, "0") != "0" for count in counts)
+
+
 def _name(step: int) -> str:
     return f"step-{step:06d}"
 
@@ -435,9 +467,15 @@ def _ranks(saved: Mapping[str, Any]) -> int:
     return sum(name.startswith("train.rank") for name in saved)
 
 
-def _reason(error: BaseException) -> str:
-    """One line; of DCP's collection of all ranks' errors, the first."""
-    if isinstance(error, CheckpointException) and error.failures:
-        rank, (first, _) = next(iter(error.failures.items()))
-        return f"rank {rank}: {_reason(first)}"
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+def _first(error: CheckpointException) -> BaseException:
+    """Of DCP's collection of all ranks' errors, the first."""
+    return next((first for first, _ in error.failures.values()), error)
+
+
+def _is_of_peers(error: CheckpointException) -> bool:
+    first = _first(error)
+    return isinstance(first, RuntimeError) and bool(_OF_PEERS.search(str(first)))
+
+
+def _list_ranks(why: dict[int, str]) -> str:
+    return "; ".join(f"rank {rank}: {text}" for rank, text in list(why.items())[:3])

@@ -10,8 +10,9 @@ It is the last file that is written; a folder without one is no checkpoint.
 
 import hashlib
 import json
+import time
+from collections.abc import Callable
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from titan_vlm.training.storage import Storage
 
 NAME = "manifest.json"
 FORMAT = 1
+PAUSES_S = (1.0, 4.0)  # between attempts to read
 
 
 def make(step: int, files: dict[str, dict[str, Any]], about: dict[str, Any]) -> bytes:
@@ -64,27 +66,39 @@ def problems(
             ranks'.
     """
     try:
-        files = read(storage, name)["files"]
+        files = _patiently(lambda: read(storage, name))["files"]
     except FileNotFoundError:
         return [f"{NAME} is missing"]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        return [f"{NAME}: {type(error).__name__} {error}"]
+    except Exception as error:  # of whatever kind: object stores have their own
+        return [f"{NAME}: {type(error).__name__}: {error}"]
     found = []
     for file in sorted(files)[turn::turns]:
         try:
-            size, expected = storage.size(name, file), files[file]["bytes"]
-            if size != expected:
-                found.append(f"{file} has {size} bytes instead of {expected}")
-            elif checksums and storage.sha256(name, file) != files[file]["sha256"]:
-                found.append(f"{file} has another checksum than when it was written")
+            found += _patiently(lambda file=file: _differs(storage, name, file, files, checksums))
         except FileNotFoundError:
             found.append(f"{file} is missing")
-        except OSError as error:
-            found.append(f"{file}: {error.strerror or error}")
+        except Exception as error:
+            found.append(f"{file}: {getattr(error, 'strerror', None) or error}")
     return found
 
 
-def check(folder: str | Path, checksums: bool = True) -> list[str]:
-    """What is wrong with the checkpoint in `folder`, a line for each problem; for scripts."""
-    parent, _, name = str(folder).rstrip("/").rpartition("/")
-    return problems(Storage(parent or "."), name, checksums)
+def _differs(storage: Storage, name: str, file: str, files: dict, checksums: bool) -> list[str]:
+    size, expected = storage.size(name, file), files[file]["bytes"]
+    if size != expected:
+        return [f"{file} has {size} bytes instead of {expected}"]
+    if checksums and storage.sha256(name, file) != files[file]["sha256"]:
+        return [f"{file} has another checksum than when it was written"]
+    return []
+
+
+def _patiently(action: Callable[[], Any]) -> Any:
+    """Try again what a network file system refuses now and then: a good checkpoint must not be
+    set aside for that."""
+    for pause_s in PAUSES_S:
+        try:
+            return action()
+        except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
+            raise  # it would be so again
+        except Exception:
+            time.sleep(pause_s)
+    return action()

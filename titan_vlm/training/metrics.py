@@ -6,7 +6,6 @@ Rates are over the wall time since the report before, without the time spent in 
 (validation, checkpoints).
 """
 
-import json
 import math
 import re
 import resource
@@ -21,8 +20,8 @@ import torch
 from torch import Tensor
 
 from titan_vlm.config import Metrics
+from titan_vlm.jsonl import open_until
 from titan_vlm.training import moe_log
-from titan_vlm.training.jsonl import open_until
 
 # Peak TFLOP/s of dense bfloat16 products, by a part of the device's name; the first match holds.
 PEAK_TFLOPS = {
@@ -234,8 +233,7 @@ class MetricsLogger:
             return
         # The loss of a skipped step may be no number, which JSON cannot hold.
         known = {name: value if math.isfinite(value) else None for name, value in record.items()}
-        self._file.write(json.dumps(known) + "\n")
-        self._file.flush()
+        self._file.write(known)
         if self._board is not None:
             for name, value in record.items():
                 if name != "step":

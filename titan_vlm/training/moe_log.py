@@ -6,7 +6,6 @@ one line per report, every figure of every layer; `scripts/moe_report.py` makes 
 `docs/moe.md` says what each figure is. `metrics.jsonl` has the sums by branch.
 """
 
-import json
 import logging
 import math
 from collections.abc import Mapping
@@ -15,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from titan_vlm.jsonl import open_until
 from titan_vlm.training.heatmap import heat_map
-from titan_vlm.training.jsonl import open_until
 
 logger = logging.getLogger("titan_vlm")
 # Above these somebody should know.
@@ -111,8 +110,7 @@ class MoELog:
         if self._file is None:
             self._file = open_until(self._path, self._start_step)
         lines = {name: {"load": loads[name].tolist(), **x} for name, x in layers.items()}
-        self._file.write(json.dumps({"step": step, "layers": lines}) + "\n")
-        self._file.flush()
+        self._file.write({"step": step, "layers": lines})
         if board is None:
             return
         for name, figures in layers.items():

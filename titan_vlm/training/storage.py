@@ -33,7 +33,8 @@ from titan_vlm.errors import ConfigError
 class Storage(FileSystemBase):
     """The files of one folder of checkpoints. Paths are texts below `root`.
 
-    `written` has size and SHA-256 of every file written through `create_stream` so far.
+    `written` has size and SHA-256 of every file written through `create_stream` so far, `failure`
+    what went wrong in writing one: PyTorch's own writer would call it "unexpected pos".
 
     Raises:
         ConfigError: the address names a protocol that no installed package serves.
@@ -46,6 +47,7 @@ class Storage(FileSystemBase):
             raise ConfigError(f"checkpoint.directory = {directory}: {error}") from error
         self.is_local = isinstance(self.fs, LocalFileSystem)
         self.written: dict[str, dict[str, Any]] = {}
+        self.failure: Exception | None = None
 
     def path(self, *names: str) -> str:
         return "/".join([self.root, *names])
@@ -75,8 +77,8 @@ class Storage(FileSystemBase):
     def temporary(self, name: str) -> str:
         """The folder in which `name` is written, empty now."""
         temporary = name + ".tmp" if self.is_local else name
+        self.clear()
         self.remove(temporary)
-        self.written.clear()
         return temporary
 
     def commit(self, temporary: str, name: str, manifest: bytes) -> None:
@@ -112,10 +114,12 @@ class Storage(FileSystemBase):
             shutil.rmtree(doomed)
 
     def clear(self) -> None:
-        """Remove what a killed process was writing or removing."""
-        for name in self.names() if self.is_local else ():
-            if name.endswith((".tmp", ".old")):
+        """Remove what a killed process was writing or removing, or a save that failed."""
+        for name in self.names():
+            if self.is_local and name.endswith((".tmp", ".old")):
                 shutil.rmtree(self.path(name), ignore_errors=True)
+            elif not self.is_local and not any(x.startswith("manifest") for x in self.names(name)):
+                self.remove(name)
 
     def set_aside(self, name: str, why: str) -> str:
         """Keep `name` where nobody takes it for a checkpoint; returns its new name."""
@@ -150,7 +154,10 @@ class Storage(FileSystemBase):
                 yield stream
                 return
             counted = _Counted(stream)
-            yield counted
+            try:
+                yield counted
+            finally:
+                self.failure = self.failure or counted.failure
             self.written[path.rsplit("/", 1)[-1]] = counted.summary()
 
     def concat_path(self, path: str | os.PathLike, suffix: str) -> str:
@@ -183,11 +190,16 @@ class _Counted(io.IOBase):
 
     def __init__(self, stream: io.IOBase):
         self.stream, self.bytes, self.digest = stream, 0, hashlib.sha256()
+        self.failure: Exception | None = None
 
     def write(self, data: Any) -> int:
         self.digest.update(data)
         self.bytes += memoryview(data).nbytes
-        self.stream.write(data)
+        try:
+            self.stream.write(data)
+        except Exception as error:
+            self.failure = error
+            raise
         return memoryview(data).nbytes
 
     def writable(self) -> bool:
@@ -201,6 +213,7 @@ class _Counted(io.IOBase):
             self.stream.flush()
 
     def fileno(self) -> int:
+        self.stream.flush()  # DCP syncs its metadata without
         return self.stream.fileno()
 
     def close(self) -> None:  # DCP closes early; the stream is its opener's to close
