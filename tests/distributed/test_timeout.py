@@ -83,7 +83,10 @@ def test_a_rank_stuck_in_its_data_is_named_in_one_line_also_where_it_is_the_one_
     assert ended.returncode == 1
     errors = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and "Traceback" not in ended.stderr
-    assert "rank 0 did not arrive" in errors[0] and "at step 2 in titan_vlm/train.py" in errors[0]
+    assert (
+        "rank 0 did not arrive" in errors[0]
+        and "at step 2 in titan_vlm/training/guards.py" in errors[0]
+    )
     assert "rank 1 waited in gloo:all_reduce" in errors[0]
 
 
