@@ -27,6 +27,8 @@ GRACE_S = 1800
 def launch(argv: list[str]) -> int:
     # Says "failed (exitcode: 2) local_rank: 0 ..." for what `explain` says once and better.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    # Else a restart meets in the store of those that failed, and reads their addresses.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     workers = Workers(grace_s=int(os.environ.get("STOP_GRACE_S", GRACE_S)))
     try:
         with workers:
