@@ -39,6 +39,9 @@ def conflicts(config: "Config") -> Iterator[str]:
             'max_skips = 0 (nothing is skipped), got "skip"; set spike_zscore = 10, for instance'
         )
 
+    if config.checkpoint.directory.startswith("memory:"):
+        yield "checkpoint.directory: expected a place that outlives the process, got memory:"
+
     yield from moe_conflicts(config.moe)
     if config.moe.text.upcycle_shards and not config.checkpoint.initial_load_path:
         yield (

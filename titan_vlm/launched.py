@@ -13,9 +13,11 @@ Nor is the signal left to torchrun: it passes none but SIGTERM, SIGINT, SIGHUP a
 data workers too, kills after 30 seconds, and lets its peers on other nodes wait for it.
 """
 
+import ctypes
 import json
 import os
 import signal
+import sys
 import tempfile
 import time
 from contextlib import suppress
@@ -27,6 +29,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on where this one ended
 REPEAT_S = 1.0  # a signal may come twice: from the launcher, and from who signalled all processes
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 FOLDER, BEGAN = "TITAN_LAUNCH_FOLDER", "TITAN_LAUNCH_TIME"  # environment variables
 
 
@@ -36,6 +39,14 @@ FOLDER, BEGAN = "TITAN_LAUNCH_FOLDER", "TITAN_LAUNCH_TIME"  # environment variab
 def began() -> float:
     """When the launcher started, or else now: seconds since the epoch."""
     return float(os.environ.get(BEGAN, time.time()))
+
+
+def end_with_launcher() -> None:
+    """Have the system send SIGTERM here when the launcher is gone, even by SIGKILL: a run without
+    one must not train on beside its successor. (Linux; elsewhere the lock on the directory holds.)
+    """
+    if _folder() and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
 def begin() -> int:

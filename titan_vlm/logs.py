@@ -11,7 +11,14 @@ from contextlib import suppress
 from pathlib import Path
 
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-_handler: logging.FileHandler | None = None
+
+
+class _File(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """A full disk: the console has what this file lacks, without a traceback for each line."""
+
+
+_handler: _File | None = None
 _undo: list[Callable[[], None]] = []
 
 
@@ -27,7 +34,7 @@ def begin(path: Path, is_shown: bool) -> None:
     if not root.handlers:
         logging.basicConfig(format="%(levelname)s %(message)s")
         root.handlers[0].setLevel(logging.INFO if is_shown else logging.WARNING)
-    _handler = logging.FileHandler(path, encoding="utf-8")
+    _handler = _File(path, encoding="utf-8")
     _handler.setFormatter(logging.Formatter(_FORMAT))
     root.addHandler(_handler)
     level, show, hook = root.level, warnings.showwarning, threading.excepthook

@@ -8,17 +8,19 @@
 Rank 0 writes all but the others' logs.
 """
 
+import fcntl
 import json
 import logging
 import os
 import platform
 import subprocess
+import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -27,6 +29,9 @@ from titan_vlm import __version__, events, logs
 from titan_vlm.config import Config, config_to_toml
 from titan_vlm.errors import ConfigError
 
+logger = logging.getLogger("titan_vlm")
+LOCK_S = 20.0  # for a process that was told to end and is saving
+_locked: TextIO | None = None
 PACKAGES = ("torch", "torchdata", "transformers", "tokenizers", "torchao", "safetensors", "numpy")
 
 
@@ -37,6 +42,7 @@ def open_run_dir(output: Path, degrees: Mapping[str, int]) -> None:
         (output / "logs").mkdir(parents=True, exist_ok=True)
         logs.begin(output / "logs" / f"rank{rank}.log", is_shown=rank == 0)
         if rank == 0:
+            _lock(output)
             events.open_for(output)
     except OSError as error:
         raise ConfigError(f"run.output_dir = {output}: {error.strerror}") from error
@@ -44,6 +50,51 @@ def open_run_dir(output: Path, degrees: Mapping[str, int]) -> None:
     events.write("start", mesh=dict(degrees), ranks=dist.get_world_size(), **where)
     if restarts := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         events.write("restart", count=restarts)
+
+
+def _lock(output: Path) -> None:
+    """One run at a time in a directory. The system takes the lock from a process that is gone."""
+    global _locked
+    _unlock()
+    file = (output / ".lock").open("a+")
+    end = time.monotonic() + LOCK_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError as error:
+            if time.monotonic() < end:
+                time.sleep(0.2)
+                continue
+            file.seek(0)
+            who = file.read().strip()
+            file.close()
+            raise ConfigError(
+                f"run.output_dir = {output}: {who} is still training here; stop it, or use "
+                "another directory"
+            ) from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    _locked = file
+
+
+def _unlock() -> None:
+    global _locked
+    if _locked is not None:
+        _locked.close()
+    _locked = None
+
+
+def warn_of_lost_saves(output: Path, directory: str) -> None:
+    """Where a run begins anew in a directory that tells of saves: they may be elsewhere."""
+    saves = [event["step"] for event in events.read(output) if event["kind"] == "save"]
+    if saves and dist.get_rank() == 0:
+        logger.warning(
+            "events.jsonl tells of a save after step %s, but %s has no checkpoint: beginning anew; "
+            "if that is wrong, stop and set checkpoint.directory",
+            *(saves[-1], directory),
+        )
 
 
 def describe(output: Path, config: Config, degrees: Mapping[str, int]) -> None:
@@ -81,6 +132,7 @@ def told() -> Iterator[None]:
         logs.write(logging.ERROR, "".join(traceback.format_exception(error)).rstrip())
         raise
     finally:
+        _unlock()
         events.close()
         logs.end()
 

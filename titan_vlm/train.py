@@ -168,6 +168,8 @@ def prepare(config: Config) -> "Run":
         tell=events.write,
     )
     resume_from = checkpointer.find()
+    if resume_from is None:
+        run_dir.warn_of_lost_saves(output, checkpointer.storage.root)
     whole = build_model(parts, config)
     freeze_parameters(whole, config.training.freeze)
     width = parts.dims.text.hidden_size

@@ -238,3 +238,32 @@ def wait_for(condition, script, seconds=120):
         assert script.poll() is None, script.communicate()[1]
         assert time.monotonic() < end, "the run does not begin"
         time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_ranks_do_not_train_on_without_their_launcher(tmp_path):
+    output = tmp_path / "run"
+    script = start(words(output, CHANGES | {"training__steps": "1000"}), {"NGPU": "2"})
+    try:
+        wait_for(lambda: (output / "metrics.jsonl").exists() and curve(output), script)
+        workers = children(script.pid)
+        kill(script.pid)
+        script.wait()
+        until = time.monotonic() + 60
+        while any(map(is_running, workers)):
+            assert time.monotonic() < until, "they train on"
+            time.sleep(0.1)
+    finally:
+        end(script)
+        for worker in workers:
+            kill(worker)
+    told = [event["kind"] for event in events.read(output)]
+    assert told == ["start", "signal", "save", "stop"]
+
+
+def is_running(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"

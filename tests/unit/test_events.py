@@ -3,7 +3,9 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
+import sys
 import threading
 import tomllib
 import warnings
@@ -13,6 +15,8 @@ import pytest
 
 from tests.small_run import run
 from titan_vlm import events, logs, run_dir
+from titan_vlm.errors import ConfigError
+from titan_vlm.training.metrics import Board
 
 SHORT = {"training__steps": "2", "checkpoint__export_hf": "false", "checkpoint__every": "0"}
 
@@ -178,3 +182,53 @@ def test_a_log_is_appended_to(tmp_path):
         logs.end()
     lines = (tmp_path / "rank0.log").read_text().splitlines()
     assert [line.split()[-1] for line in lines] == ["first", "second"]
+
+
+def test_two_runs_in_one_directory_are_refused(tmp_path, monkeypatch):
+    """The lock is the process's: another one has it here."""
+    monkeypatch.setattr(run_dir, "LOCK_S", 0.1)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / ".lock")], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout.readline() == "locked\n"
+        with pytest.raises(ConfigError, match="process 7 on there is still training here"):
+            run_dir._lock(tmp_path)
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+    run_dir._lock(tmp_path)
+    assert f"process {os.getpid()} on" in (tmp_path / ".lock").read_text()
+    run_dir._unlock()
+
+
+HOLD = """
+import fcntl, sys, time
+file = open(sys.argv[1], "a+")
+fcntl.flock(file, fcntl.LOCK_EX)
+file.write("process 7 on there")
+file.flush()
+print("locked", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_run_that_begins_anew_beside_its_history_says_so(tmp_path, caplog):
+    assert run(tmp_path, **SHORT) == 0
+    assert "beginning anew" not in caplog.text
+    shutil.rmtree(tmp_path / "checkpoints")
+    assert run(tmp_path, **SHORT) == 0
+    assert "tells of a save after step 2, but" in (tmp_path / "logs" / "rank0.log").read_text()
+
+
+def test_a_full_disk_costs_tensorboard_and_not_the_run(caplog):
+    class Full:
+        def add_scalar(self, *_):
+            raise OSError(28, "No space left on device")
+
+    board = Board(Full())
+    board.add_scalar("loss", 1.0, 1)
+    board.add_scalar("loss", 1.0, 2)
+    board.close()
+    assert caplog.text.count("TensorBoard gets no more events") == 1

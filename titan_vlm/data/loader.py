@@ -155,6 +155,7 @@ class PackedRows(IterableDataset):
         # Another value of any of these, and what comes next has been seen or is never seen.
         self.sequence = {
             "data.virtual_shards": virtual_shards,
+            "data.pack_window": window,
             "training.seq_len": seq_len,
             "run.seed": mixture.seed,
         } | mixture.sequence()

@@ -113,6 +113,7 @@ class Checkpointer:
         self._latest: int | None = None  # the step last saved or loaded here
         self._read: int | None = None  # the step loaded, which pruning must not touch
         self._failed = 0  # saves in a row
+        self._why = ""  # the last of them did
 
     # ------------------------------------------------------------------------ saving
 
@@ -193,9 +194,12 @@ class Checkpointer:
         if self._failed:
             last = self.latest()
             raise CheckpointError(
-                f"the last save to {self.storage.root} failed (the log says why); the newest "
-                f"checkpoint is {'none' if last is None else f'of step {last}'}; the same command "
-                "continues from it"
+                f"the last save to {self.storage.root} failed: {self._why}; make room or mend it: "
+                + (
+                    "there is no checkpoint, so that the same command begins anew"
+                    if last is None
+                    else f"the same command continues from the newest checkpoint, of step {last}"
+                )
             )
 
     def _stage(self, state: dict[str, Any]) -> dict[str, Any]:
@@ -259,13 +263,12 @@ class Checkpointer:
             result()
         except StorageError as error:
             why = str(error)
-            self._failed += 1
+            self._failed, self._why = self._failed + 1, why
             self._latest = None
             self.tell("failed_save", step=step, why=why)
             if self.rank == 0:
                 logger.warning(
-                    "step %d could not be saved (%d in a row): %s; training goes on, the next save "
-                    "tries again",
+                    "step %d could not be saved (%d in a row): %s; the next save tries again",
                     *(step, self._failed, why),
                 )
             if self._failed >= self.max_failed_saves:
@@ -323,15 +326,28 @@ class Checkpointer:
             ConfigError: the step asked for is not there; or all there were are damaged; or there
                 are some where none may be.
         """
-        self._together(self.storage.clear)
+        try:
+            self._together(self.storage.prepare)
+        except StorageError as error:
+            raise ConfigError(
+                f"checkpoint.directory = {self.storage.root}: {error}; name a folder that can be "
+                "written"
+            ) from error
         steps, resume = self._together(self.steps), self.config.resume
         if resume == "none" and steps and not _is_restart():
             raise ConfigError(
                 f'checkpoint.resume = "none": {self.storage.root} has checkpoints (newest: step '
                 f'{steps[-1]}); use another run.output_dir, or "auto" to continue'
             )
-        if resume.isdecimal() and not self._together(lambda: self._went_back(int(resume), steps)):
-            return self._find_step(int(resume), steps)
+        if resume.isdecimal():
+            if not self._together(lambda: self._went_back(int(resume), steps)):
+                return self._find_step(int(resume), steps)
+            if self.rank == 0:
+                logger.warning(
+                    'checkpoint.resume = "%s" was done before: going on from the newest '
+                    "checkpoint; to go back again, move those after that step out of %s",
+                    *(resume, self.storage.root),
+                )
         return self._newest_whole(steps)
 
     def newest(self) -> int | None:
@@ -390,7 +406,10 @@ class Checkpointer:
                 f'checkpoint.resume = "{step}": that checkpoint is damaged: {"; ".join(found[:3])}'
             )
         for later in steps[steps.index(step) + 1 :]:  # else "auto" would go on from these
-            self._rename(later, "abandoned")
+            aside = self._rename(later, "abandoned")
+            self.tell("abandoned", step=later, kept_as=aside)
+            if self.rank == 0:
+                logger.info("going back to step %d: step %d is kept as %s", step, later, aside)
         return step
 
     def problems(self, step: int) -> list[str]:

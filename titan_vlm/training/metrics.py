@@ -6,6 +6,7 @@ Rates are over the wall time since the report before, without the time spent in 
 (validation, checkpoints).
 """
 
+import logging
 import math
 import re
 import resource
@@ -22,6 +23,8 @@ from torch import Tensor
 from titan_vlm.config import Metrics
 from titan_vlm.jsonl import open_until
 from titan_vlm.training import moe_log
+
+logger = logging.getLogger("titan_vlm")
 
 # Peak TFLOP/s of dense bfloat16 products, by a part of the device's name; the first match holds.
 PEAK_TFLOPS = {
@@ -83,7 +86,7 @@ class MetricsLogger:
             self._file = open_until(self.directory / "metrics.jsonl", start_step)
             self._moe = moe_log.MoELog(self.directory, start_step)
             if self.config.tensorboard:
-                self._board = _tensorboard(self.directory / "tensorboard", start_step)
+                self._board = Board(_tensorboard(self.directory / "tensorboard", start_step))
             if sys.stderr.isatty():
                 self._bar = _progress_bar(self.total_steps, start_step)
         self._counts = dict.fromkeys(("tokens", "positions", "samples", "images", "flops"), 0)
@@ -238,6 +241,31 @@ class MetricsLogger:
             for name, value in record.items():
                 if name != "step":
                     self._board.add_scalar(name, value, record["step"])
+
+
+class Board:
+    """TensorBoard's writer, until the disk fails it: then it draws nothing more."""
+
+    def __init__(self, writer: Any):
+        self._writer = writer
+
+    def add_scalar(self, *figure: Any) -> None:
+        self._try("add_scalar", *figure)
+
+    def add_image(self, *figure: Any) -> None:
+        self._try("add_image", *figure)
+
+    def close(self) -> None:
+        self._try("close")
+
+    def _try(self, what: str, *figure: Any) -> None:
+        if self._writer is None:
+            return
+        try:
+            getattr(self._writer, what)(*figure)
+        except OSError as error:  # of an earlier figure; its thread has ended
+            logger.warning("TensorBoard gets no more events: %s", error)
+            self._writer = None
 
 
 def console_line(record: dict[str, Any], total_steps: int) -> str:

@@ -52,6 +52,7 @@ class Stop:
                     self._previous[number] = signal.signal(number, lambda *_: None)
                     # A system call of a C++ library goes on instead of failing with EINTR.
                     signal.siginterrupt(number, False)
+        launched.end_with_launcher()
         if sent := launched.begin():  # and never 0: a signal may have come here meanwhile
             self._signal = sent
         return self

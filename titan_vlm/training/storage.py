@@ -113,6 +113,17 @@ class Storage(FileSystemBase):
                 os.rename(self.path(name), doomed)
             shutil.rmtree(doomed)
 
+    def prepare(self) -> None:
+        """Make the folder, if need be, and clear it.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        self.fs.makedirs(self.root, exist_ok=True)
+        if self.is_local and not os.access(self.root, os.W_OK):
+            raise PermissionError(f"{self.root} may not be written")
+        self.clear()
+
     def clear(self) -> None:
         """Remove what a killed process was writing or removing, or a save that failed."""
         for name in self.names():
