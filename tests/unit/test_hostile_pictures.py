@@ -155,6 +155,13 @@ def test_a_jpeg_of_thousands_of_scans_is_refused():
         ref(scans).load_rgb()
 
 
+def test_a_jpeg_that_its_source_has_decoded_already_is_taken():
+    picture = Image.open(io.BytesIO(saved(Image.fromarray(noise(64, 64)), "JPEG")))
+    expected = np.asarray(picture.convert("RGB"))
+    assert picture.fp is None
+    assert np.array_equal(np.asarray(ImageRef("a.jpg", lambda: picture).load_rgb()), expected)
+
+
 def test_a_file_of_any_size_is_not_opened(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(raw_png(8, 8, bytes(72)))

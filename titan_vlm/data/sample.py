@@ -69,7 +69,7 @@ class ImageRef:
         """Decoded, upright, in RGB with transparency over white (as transformers does it)."""
         try:
             image = self.open()
-            if image.format in ("JPEG", "MPO"):
+            if image.format in ("JPEG", "MPO") and image.fp is not None:  # None: decoded already
                 check_scans(image)
             image.load()
             if image.format is not None:  # from a file: cameras store pictures turned
