@@ -52,7 +52,7 @@ class Run:
 
     def resume(self):
         """What the trainer does; returns the step."""
-        step = self.checkpointer.find()
+        step = self.checkpointer.history.find()
         if step is not None:
             self.load(step)
         return step

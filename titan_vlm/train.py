@@ -167,7 +167,7 @@ def prepare(config: Config) -> "Run":
         about={"mesh": plan.degrees, "config": config_to_toml(config)},
         tell=events.write,
     )
-    resume_from = checkpointer.find()
+    resume_from = checkpointer.history.find()
     if resume_from is None:
         run_dir.warn_of_lost_saves(output, checkpointer.storage.root)
     whole = build_model(parts, config)

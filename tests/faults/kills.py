@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.staging import DefaultStager
 from tests.small_run import run
 from titan_vlm import train
 from titan_vlm.evaluation.validate import Validator
-from titan_vlm.training import checkpoint, manifest, storage
+from titan_vlm.training import checkpoint, history, manifest, storage
 
 LONGEST_S = 6.0  # of a life until it is killed at an instant that is no place
 MOST_STEPS = 3  # of any life
@@ -74,7 +74,7 @@ PLACES: dict[str, Callable[[int], None]] = {
     "all files written, no manifest": before(manifest, "make"),
     "manifest written, not renamed": before(storage, "_sync_folder"),
     "renamed": after(storage.os, "rename"),
-    "before pruning": before(checkpoint.Checkpointer, "_prune"),
+    "before pruning": before(history.History, "prune"),
     "in the middle of pruning": before(storage.shutil, "rmtree"),
     "in validation": before(Validator, "run"),
     "while resuming": after(checkpoint.Checkpointer, "load"),

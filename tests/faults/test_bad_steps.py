@@ -117,7 +117,7 @@ def test_a_run_killed_after_the_rollback_passes_over_the_same_rows(tmp_path):
 
     def kill(state, metrics):
         if state.guard.state.rollbacks and state.step == 5:
-            killed.append(state.checkpointer.latest())
+            killed.append(state.checkpointer.history.latest())
             raise KeyboardInterrupt
         whole(state, metrics)
 

@@ -148,7 +148,7 @@ def test_only_the_latest_are_kept_in_an_object_store(tmp_path):
     run = Run(directory, keep_latest_k=1)
     for step in (1, 2, 3):
         run.save(step)
-    assert run.checkpointer.steps() == [3]
+    assert run.checkpointer.history.steps() == [3]
     assert fsspec.filesystem("memory").ls(f"/{tmp_path.name}", detail=False) == [
         f"/{tmp_path.name}/step-000003"
     ]
@@ -177,7 +177,7 @@ def test_going_back_to_a_step_leaves_the_later_ones_where_nobody_takes_them_up(t
     trained(tmp_path)
     run = Run(tmp_path, resume="1")
     assert run.resume() == 1
-    assert run.checkpointer.steps() == [1]
+    assert run.checkpointer.history.steps() == [1]
     assert (tmp_path / "step-000002.abandoned" / "manifest.json").exists()
 
 
@@ -209,12 +209,12 @@ def test_every_nth_is_kept_and_never_the_one_resumed_from_is_pruned(tmp_path):
     run = Run(tmp_path, keep_latest_k=1, keep_every=4)
     for step in range(1, 7):
         run.save(step)
-    assert run.checkpointer.steps() == [4, 6]
+    assert run.checkpointer.history.steps() == [4, 6]
     run = Run(tmp_path, keep_latest_k=1)
     run.resume()
     for step in (7, 8):
         run.save(step)
-    assert run.checkpointer.steps() == [6, 8]
+    assert run.checkpointer.history.steps() == [6, 8]
 
 
 def test_what_a_killed_process_left_is_cleared_away(tmp_path):
@@ -255,7 +255,7 @@ def test_a_save_that_fails_is_tried_again_at_the_next(tmp_path, monkeypatch, cap
     with pytest.raises(CheckpointError, match="3 saves in a row"):  # counted anew
         run.save(5)
         run.checkpointer.wait()
-    assert run.checkpointer.latest() == 2
+    assert run.checkpointer.history.latest() == 2
 
 
 def test_a_last_save_that_fails_is_no_success(tmp_path, monkeypatch):
@@ -286,7 +286,7 @@ def test_a_disk_slower_than_the_steps_leaves_saves_out_but_for_those_that_must_b
     go.set()
     run.checkpointer.save(3, run.model, run.optimizer, {}, must=True)
     run.checkpointer.close()
-    assert run.checkpointer.steps() == [1, 3]
+    assert run.checkpointer.history.steps() == [1, 3]
 
 
 ON_A_FULL_DISK = """
@@ -303,10 +303,10 @@ ON_A_FULL_DISK = """
         pass
     run.train(1)
     run.save(2)
-    print(run.events[-1], run.checkpointer.steps())
+    print(run.events[-1], run.checkpointer.history.steps())
     filler.truncate(0)
     run.save(2)
-    print(run.events[-1][0], run.checkpointer.steps())
+    print(run.events[-1][0], run.checkpointer.history.steps())
 """
 
 
@@ -369,7 +369,10 @@ def test_pruning_that_fails_costs_space_only(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(storage.Storage, "temporary", lambda self, name: name + ".tmp")
     run.save(2)
     assert "remain: 503" in caplog.text
-    assert run.checkpointer.steps() == [1, 2] and [e[0] for e in run.events] == ["save", "save"]
+    assert run.checkpointer.history.steps() == [1, 2] and [e[0] for e in run.events] == [
+        "save",
+        "save",
+    ]
 
 
 def test_a_read_that_fails_once_damages_nothing(tmp_path, monkeypatch):

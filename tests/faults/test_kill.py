@@ -59,7 +59,7 @@ def assert_same_run(output: Path, whole: Path) -> None:
     ids = [id for step in ledger.values() for row in step.rows for id in row]
     assert len(ids) == len(set(ids)) > 0
     checkpoints = Checkpointer(output / "checkpoints", Checkpoint())
-    found = [checkpoints.problems(step) for step in checkpoints.steps()]
+    found = [checkpoints.history.problems(step) for step in checkpoints.history.steps()]
     assert found in ([[]] * 2, [[]] * 3)  # the one resumed from is kept besides
 
 

@@ -36,7 +36,7 @@ def test_a_restored_run_is_bitwise_the_uninterrupted_one(tmp_path, world, async_
     run.checkpointer.wait()
 
     resumed = Run(tmp_path / "c", seed=99)
-    assert resumed.checkpointer.latest() == 5
+    assert resumed.checkpointer.history.latest() == 5
     assert resumed.load(5) == [{"step": 5, "loader": {"shards": [1, 2]}}]
     resumed.train(5)
     assert_same_bits(resumed, run)
@@ -68,7 +68,7 @@ def test_training_that_goes_on_during_an_async_save_does_not_leak_into_it(tmp_pa
     with writing_held_back(monkeypatch):
         run.save(2)
         run.train(3)
-        assert run.checkpointer.latest() is None
+        assert run.checkpointer.history.latest() is None
         assert {path.name for path in (tmp_path / "c").glob("*")} <= {"step-000002.tmp"}
     run.checkpointer.wait()
     assert [path.name for path in (tmp_path / "c").iterdir()] == ["step-000002"]
@@ -94,7 +94,7 @@ def test_two_async_saves_never_overlap(tmp_path, monkeypatch):
         run.save(step)
     run.checkpointer.wait()
     assert most == [1, 1, 1]
-    assert run.checkpointer.steps() == [1, 2, 3]
+    assert run.checkpointer.history.steps() == [1, 2, 3]
 
 
 def test_a_failed_async_save_is_reported_and_leaves_no_checkpoint(tmp_path, monkeypatch):
@@ -106,17 +106,17 @@ def test_a_failed_async_save_is_reported_and_leaves_no_checkpoint(tmp_path, monk
     run.save(1)
     with pytest.raises(CheckpointError, match="1 saves in a row failed .* disk full"):
         run.checkpointer.wait()
-    assert run.checkpointer.latest() is None
+    assert run.checkpointer.history.latest() is None
 
 
 def test_only_the_latest_k_are_kept_and_leftovers_are_no_checkpoint(tmp_path):
     (tmp_path / "step-000003.tmp").mkdir()
     (tmp_path / "step-000003.tmp" / "torn").touch()
     run = Run(tmp_path, keep_latest_k=2)
-    assert run.checkpointer.latest() is None
+    assert run.checkpointer.history.latest() is None
     for step in (1, 2, 3, 1000000):
         run.save(step)
-    assert run.checkpointer.steps() == [3, 1000000]
+    assert run.checkpointer.history.steps() == [3, 1000000]
     assert not (tmp_path / "step-000003" / "torn").exists()
 
 
@@ -173,7 +173,7 @@ def sharded_run(rank, directory):
     run.train(2)
     run.checkpointer.wait()
     dist.barrier()  # the name is given by rank 0
-    assert resumed.checkpointer.latest() == 3
+    assert resumed.checkpointer.history.latest() == 3
     assert resumed.load(3) == [{"rank": 0}, {"rank": 1}]
     resumed.train(2)
     got, want = resumed.everything(), run.everything()

@@ -24,7 +24,6 @@ configuration's, and the schedule is a function of the step.
 """
 
 import logging
-import os
 import re
 import time
 import warnings
@@ -35,7 +34,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -43,8 +41,10 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from titan_vlm.config import Checkpoint
-from titan_vlm.errors import CheckpointError, ConfigError
+from titan_vlm.errors import CheckpointError
 from titan_vlm.training import manifest
+from titan_vlm.training.history import History, folder_name
+from titan_vlm.training.ranks import Ranks, StorageError
 from titan_vlm.training.state import (
     Form,
     check_fit,
@@ -62,13 +62,8 @@ logger = logging.getLogger(__name__)
 # One process without a group is no mistake, and DCP warns of it at every save and load.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
-_FOLDER = re.compile(r"step-(\d{6,})")
 # What PyTorch says of a peer that died or hangs.
 _OF_PEERS = re.compile("gloo|NCCL|Timed out|wait timeout|Connection (closed|reset)")
-
-
-class StorageError(Exception):
-    """The storage failed, for all ranks alike."""
 
 
 class Checkpointer:
@@ -90,19 +85,10 @@ class Checkpointer:
         about: dict[str, Any] | None = None,
         tell: Callable[..., None] = lambda kind, **facts: None,
     ):
-        self.storage = Storage(directory)
         self.config, self.max_failed_saves = config, max_failed_saves
         self.about, self.tell = about or {}, tell
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
-        # A group of its own: an asynchronous save talks in a thread, where its messages must not
-        # meet those of the training step. Gloo, because it saves host memory. One process has
-        # nobody to talk to, and the threads in which gloo would do it anyway slow every parallel
-        # loop after it down (OpenMP stops spinning once there are more threads than cores).
-        alone = not dist.is_initialized() or dist.get_world_size() == 1
-        self._world: dict[str, Any] = {"no_dist": True}
-        if not alone:
-            self._world = {"process_group": dist.new_group(backend="gloo", group_desc="checkpoint")}
-        self._group = self._world.get("process_group")
+        self.storage, self.ranks = Storage(directory), Ranks()
+        self.history = History(self.storage, self.ranks, config, tell)
         # A thread begins on device 0, where every rank would then make a context.
         device = (torch.cuda.current_device(),) if torch.cuda.is_initialized() else ()
         self._thread = ThreadPoolExecutor(
@@ -141,7 +127,7 @@ class Checkpointer:
         if step == self._latest:
             return
         if not must and self._is_writing():
-            if self.rank == 0:
+            if self.ranks.rank == 0:
                 logger.warning(
                     "step %d is not saved: the last save is still being written; save less often "
                     "(checkpoint.every) or to a faster disk",
@@ -154,7 +140,7 @@ class Checkpointer:
         state = {
             "model": get_model_state_dict(model),
             "optimizer": optimizer_tensors(model, optimizer),
-            "train": {f"rank{self.rank}": pack({"caller": train, "random": random_state()})},
+            "train": {f"rank{self.ranks.rank}": pack({"caller": train, "random": random_state()})},
         }
         self._latest = step
         if self.config.async_save:
@@ -192,7 +178,7 @@ class Checkpointer:
         if self._stager is not None:
             self._stager.close()
         if self._failed:
-            last = self.latest()
+            last = self.history.latest()
             raise CheckpointError(
                 f"the last save to {self.storage.root} failed: {self._why}; make room or mend it: "
                 + (
@@ -211,52 +197,38 @@ class Checkpointer:
 
     def _is_writing(self) -> bool:
         """Whether the last save still runs on any rank."""
-        writing = self._pending is not None and not self._pending.done()
-        if self._group is None or self._pending is None:
-            return writing
-        flag = torch.tensor([writing], dtype=torch.int32)
-        # Not the checkpoint's group: there the thread may be talking.
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag)
+        if self._pending is None:  # on all ranks alike
+            return False
+        return self.ranks.any(not self._pending.done())
 
     def _write(self, step: int, state: dict[str, Any], start: float) -> None:
         """Write, commit, prune; raises on every rank what went wrong on any."""
-        name = _name(step)
+        name = folder_name(step)
         self.storage.written.clear()
         self.storage.failure = None
-        temporary = self._together(lambda: self.storage.temporary(name))
+        temporary = self.ranks.on_first(lambda: self.storage.temporary(name))
         try:
-            dcp.save(state, storage_writer=self.storage.writer(temporary), **self._world)
+            dcp.save(state, storage_writer=self.storage.writer(temporary), **self.ranks.for_dcp)
         except CheckpointException as error:  # on every rank, if on any
             if _is_of_peers(error):
                 raise
             own = self.storage.failure or _first(error)
-            why = self._of_all_ranks({self.rank: f"{type(own).__name__}: {own}".splitlines()[0]})
+            why = self.ranks.union(
+                {self.ranks.rank: f"{type(own).__name__}: {own}".splitlines()[0]}
+            )
             with suppress(Exception):  # the space that it takes; the next save tries again
-                self._together(lambda: self.storage.remove(temporary))
+                self.ranks.on_first(lambda: self.storage.remove(temporary))
             raise StorageError(_list_ranks(why)) from error
-        files = self._of_all_ranks(self.storage.written)
+        files = self.ranks.union(self.storage.written)
         content = manifest.make(step, files, {"resume": self.config.resume} | self.about)
-        self._together(lambda: self.storage.commit(temporary, name, content))
+        self.ranks.on_first(lambda: self.storage.commit(temporary, name, content))
         self.tell(
             "save",
             step=step,
             seconds=round(time.perf_counter() - start, 3),
             bytes=sum(file["bytes"] for file in files.values()) + len(content),
         )
-        self._prune()
-
-    def _prune(self) -> None:
-        """Remove what `[checkpoint]` does not keep; a failure costs space only."""
-        if self.rank != 0 or not self.config.keep_latest_k:
-            return
-        every = self.config.keep_every
-        try:
-            for step in self.steps()[: -self.config.keep_latest_k]:
-                if step != self._read and not (every and step % every == 0):
-                    self.storage.remove(_name(step))
-        except Exception as error:  # of whatever kind, on this rank alone
-            logger.warning("old checkpoints in %s remain: %s", self.storage.root, error)
+        self.history.prune(but=self._read)
 
     def _finish(self, step: int, result: Callable[[], None]) -> None:
         try:
@@ -266,7 +238,7 @@ class Checkpointer:
             self._failed, self._why = self._failed + 1, why
             self._latest = None
             self.tell("failed_save", step=step, why=why)
-            if self.rank == 0:
+            if self.ranks.rank == 0:
                 logger.warning(
                     "step %d could not be saved (%d in a row): %s; the next save tries again",
                     *(step, self._failed, why),
@@ -280,147 +252,21 @@ class Checkpointer:
             return
         self._failed = 0
 
-    def _together(self, action: Callable[[], Any]) -> Any:
-        """Do something on rank 0; all ranks return what it returned, or raise what it raised."""
-        answer: list[Any] = [None, None]
-        if self.rank == 0:
-            try:
-                answer[0] = action()
-            except Exception as error:
-                answer[1] = f"{type(error).__name__}: {error}"
-        if self._group is not None:
-            dist.broadcast_object_list(answer, group=self._group, group_src=0)
-        if answer[1] is not None:
-            raise StorageError(answer[1])
-        return answer[0]
-
-    def _of_all_ranks(self, own: dict) -> dict:
-        """The union of what the ranks have."""
-        if self._group is None:
-            return dict(own)
-        gathered: list[dict] = [{}] * dist.get_world_size()
-        dist.all_gather_object(gathered, own, group=self._group)
-        return {key: value for rank in gathered for key, value in rank.items()}
-
     # ------------------------------------------------------------------------ reading
 
-    def steps(self) -> list[int]:
-        """Steps of the committed checkpoints, oldest first."""
-        names = self.storage.names()
-        steps = [int(match[1]) for name in names if (match := _FOLDER.fullmatch(name))]
-        if self.storage.is_local:
-            return sorted(steps)
-        return sorted(step for step in steps if manifest.NAME in self.storage.names(_name(step)))
-
-    def latest(self) -> int | None:
-        """Step of the newest committed checkpoint, or None."""
-        return max(self.steps(), default=None)
-
-    def find(self) -> int | None:
-        """The step to resume from, as `checkpoint.resume` says; None to begin anew.
-
-        Every file of the checkpoint is compared with its manifest, ranks taking turns. A damaged
-        one is named and set aside, and the one before is tried.
-
-        Raises:
-            ConfigError: the step asked for is not there; or all there were are damaged; or there
-                are some where none may be.
-        """
-        try:
-            self._together(self.storage.prepare)
-        except StorageError as error:
-            raise ConfigError(
-                f"checkpoint.directory = {self.storage.root}: {error}; name a folder that can be "
-                "written"
-            ) from error
-        steps, resume = self._together(self.steps), self.config.resume
-        if resume == "none" and steps and not _is_restart():
-            raise ConfigError(
-                f'checkpoint.resume = "none": {self.storage.root} has checkpoints (newest: step '
-                f'{steps[-1]}); use another run.output_dir, or "auto" to continue'
-            )
-        if resume.isdecimal():
-            if not self._together(lambda: self._went_back(int(resume), steps)):
-                return self._find_step(int(resume), steps)
-            if self.rank == 0:
-                logger.warning(
-                    'checkpoint.resume = "%s" was done before: going on from the newest '
-                    "checkpoint; to go back again, move those after that step out of %s",
-                    *(resume, self.storage.root),
-                )
-        return self._newest_whole(steps)
-
     def newest(self) -> int | None:
-        """As `find`, to go back to within a run, whatever `checkpoint.resume` says.
+        """The newest step whose checkpoint is whole, to go back to within a run.
 
         Raises:
             CheckpointError: as `save`, for a save that was still being written is waited for.
+            ConfigError: all there are are damaged.
         """
         self.wait()
-        return self._newest_whole(self._together(self.steps))
-
-    def _newest_whole(self, steps: list[int]) -> int | None:
-        damaged: dict[int, list[str]] = {}
-        for step in reversed(steps):
-            if not (found := self.problems(step)):
-                self._set_aside(damaged)
-                return step
-            damaged[step] = found
-        if damaged:
-            raise ConfigError(
-                f"all checkpoints in {self.storage.root} are damaged: {_list(damaged)}; restore "
-                "one of them, or move them away to begin anew"
-            )
-        return None
-
-    def _set_aside(self, damaged: dict[int, list[str]]) -> None:
-        for step, found in damaged.items():
-            aside = self._rename(step, "damaged")
-            self.tell("damaged", step=step, problems=found, kept_as=aside)
-            if self.rank == 0:
-                logger.warning(
-                    "damaged checkpoint of %s; it is kept as %s and the one before is used",
-                    *(_list({step: found}), aside),
-                )
-
-    def _went_back(self, step: int, steps: list[int]) -> bool:
-        """Whether this command has gone back to `step` before: then it goes on, like any other."""
-        for later in steps:
-            if later > step:
-                with suppress(OSError, ValueError):
-                    if manifest.read(self.storage, _name(later)).get("resume") == str(step):
-                        return True
-        return False
-
-    def _rename(self, step: int, why: str) -> str:
-        return self._together(lambda: self.storage.set_aside(_name(step), why))
-
-    def _find_step(self, step: int, steps: list[int]) -> int:
-        if step not in steps:
-            raise ConfigError(
-                f'checkpoint.resume = "{step}": {self.storage.root} has '
-                f"{', '.join(map(str, steps)) or 'none'}"
-            )
-        if found := self.problems(step):
-            raise ConfigError(
-                f'checkpoint.resume = "{step}": that checkpoint is damaged: {"; ".join(found[:3])}'
-            )
-        for later in steps[steps.index(step) + 1 :]:  # else "auto" would go on from these
-            aside = self._rename(later, "abandoned")
-            self.tell("abandoned", step=later, kept_as=aside)
-            if self.rank == 0:
-                logger.info("going back to step %d: step %d is kept as %s", step, later, aside)
-        return step
-
-    def problems(self, step: int) -> list[str]:
-        """What is wrong with the checkpoint of a step, on any rank; every rank gets the same."""
-        turns = 1 if self._group is None else dist.get_world_size()
-        own = manifest.problems(self.storage, _name(step), turn=self.rank, turns=turns)
-        return list(self._of_all_ranks(dict.fromkeys(own)))
+        return self.history.newest_whole()
 
     def saved(self, step: int) -> set[str]:
         """Names of the model's tensors in the checkpoint of a step."""
-        names = self.storage.reader(_name(step)).read_metadata().state_dict_metadata
+        names = self.storage.reader(folder_name(step)).read_metadata().state_dict_metadata
         return {name.removeprefix("model.") for name in names if name.startswith("model.")}
 
     def load(
@@ -436,13 +282,13 @@ class Checkpointer:
         Raises:
             ConfigError: the checkpoint is of another model.
         """
-        reader = self.storage.reader(_name(step))
+        reader = self.storage.reader(folder_name(step))
         metadata = reader.read_metadata()
         saved = metadata.state_dict_metadata
         model_state = get_model_state_dict(model)
         forms: dict[str, Form] = {f"model.{k}": (x.shape, x.dtype) for k, x in model_state.items()}
         # Of a pipeline, the stages of all ranks.
-        check_fit(self.storage.path(_name(step)), metadata, self._of_all_ranks(forms))
+        check_fit(self.storage.path(folder_name(step)), metadata, self.ranks.union(forms))
         create_optimizer_state(optimizer)
         optimizer_state = {
             # A parameter that never had a gradient has no state in the checkpoint, nor gets one.
@@ -456,29 +302,15 @@ class Checkpointer:
             "train": {f"rank{rank}": b"" for rank in range(_ranks(saved))},
         }
         # Tensors are filled where they are; the placeholder of `train` is replaced.
-        dcp.load(state, storage_reader=reader, **self._world)
+        dcp.load(state, storage_reader=reader, **self.ranks.for_dcp)
         for name, parameter in model.named_parameters():
             if f"{name}.step" not in optimizer_state:
                 optimizer.state.pop(parameter, None)
         self._latest = self._read = step
         ranks = [unpack(packed) for packed in state["train"].values()]
-        if self.rank < len(ranks):
-            set_random_state(ranks[self.rank]["random"])
+        if self.ranks.rank < len(ranks):
+            set_random_state(ranks[self.ranks.rank]["random"])
         return [rank["caller"] for rank in ranks]
-
-
-def _is_restart() -> bool:
-    """Whether torchrun or SLURM has started this command again by themselves."""
-    counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-    return any(os.environ.get(count, "0") != "0" for count in counts)
-
-
-def _name(step: int) -> str:
-    return f"step-{step:06d}"
-
-
-def _list(damaged: dict[int, list[str]]) -> str:
-    return " | ".join(f"step {step}: {'; '.join(found[:3])}" for step, found in damaged.items())
 
 
 def _ranks(saved: Mapping[str, Any]) -> int:

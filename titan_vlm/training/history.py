@@ -1,0 +1,171 @@
+"""The checkpoints that a run has: which there are, which are whole, which one to go on from."""
+
+import logging
+import os
+import re
+from collections.abc import Callable
+from contextlib import suppress
+
+from titan_vlm.config import Checkpoint
+from titan_vlm.errors import ConfigError
+from titan_vlm.training import manifest
+from titan_vlm.training.ranks import Ranks, StorageError
+from titan_vlm.training.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+_FOLDER = re.compile(r"step-(\d{6,})")
+
+
+class History:
+    """What lies in a run's folder of checkpoints. Every rank makes one and calls it alike.
+
+    Args:
+        tell: called on every rank with the kind of an event and what belongs to it.
+    """
+
+    def __init__(
+        self, storage: Storage, ranks: Ranks, config: Checkpoint, tell: Callable[..., None]
+    ):
+        self.storage, self.ranks, self.config, self.tell = storage, ranks, config, tell
+
+    def steps(self) -> list[int]:
+        """Steps of the committed checkpoints, oldest first."""
+        names = self.storage.names()
+        steps = [int(match[1]) for name in names if (match := _FOLDER.fullmatch(name))]
+        if self.storage.is_local:
+            return sorted(steps)
+        return sorted(s for s in steps if manifest.NAME in self.storage.names(folder_name(s)))
+
+    def latest(self) -> int | None:
+        """Step of the newest committed checkpoint, or None."""
+        return max(self.steps(), default=None)
+
+    def find(self) -> int | None:
+        """The step to resume from, as `checkpoint.resume` says; None to begin anew.
+
+        Every file of the checkpoint is compared with its manifest, ranks taking turns. A damaged
+        one is named and set aside, and the one before is tried.
+
+        Raises:
+            ConfigError: the step asked for is not there; or all there were are damaged; or there
+                are some where none may be.
+        """
+        try:
+            self.ranks.on_first(self.storage.prepare)
+        except StorageError as error:
+            raise ConfigError(
+                f"checkpoint.directory = {self.storage.root}: {error}; name a folder that can be "
+                "written"
+            ) from error
+        steps, resume = self.ranks.on_first(self.steps), self.config.resume
+        if resume == "none" and steps and not _is_restart():
+            raise ConfigError(
+                f'checkpoint.resume = "none": {self.storage.root} has checkpoints (newest: step '
+                f'{steps[-1]}); use another run.output_dir, or "auto" to continue'
+            )
+        if resume.isdecimal():
+            if not self.ranks.on_first(lambda: self._went_back(int(resume), steps)):
+                return self._find_step(int(resume), steps)
+            if self.ranks.rank == 0:
+                logger.warning(
+                    'checkpoint.resume = "%s" was done before: going on from the newest '
+                    "checkpoint; to go back again, move those after that step out of %s",
+                    *(resume, self.storage.root),
+                )
+        return self.newest_whole(steps)
+
+    def newest_whole(self, steps: list[int] | None = None) -> int | None:
+        """The newest step whose checkpoint is whole, of all or of `steps`; damaged ones that are
+        newer are set aside.
+
+        Raises:
+            ConfigError: all there are are damaged.
+        """
+        if steps is None:
+            steps = self.ranks.on_first(self.steps)
+        damaged: dict[int, list[str]] = {}
+        for step in reversed(steps):
+            if not (found := self.problems(step)):
+                self._set_aside(damaged)
+                return step
+            damaged[step] = found
+        if damaged:
+            raise ConfigError(
+                f"all checkpoints in {self.storage.root} are damaged: {_list(damaged)}; restore "
+                "one of them, or move them away to begin anew"
+            )
+        return None
+
+    def problems(self, step: int) -> list[str]:
+        """What is wrong with the checkpoint of a step, on any rank; every rank gets the same."""
+        ranks = self.ranks
+        own = manifest.problems(self.storage, folder_name(step), turn=ranks.rank, turns=ranks.size)
+        return list(ranks.union(dict.fromkeys(own)))
+
+    def prune(self, but: int | None) -> None:
+        """Remove what `[checkpoint]` does not keep, except step `but`; a failure costs space
+        only."""
+        if self.ranks.rank != 0 or not self.config.keep_latest_k:
+            return
+        every = self.config.keep_every
+        try:
+            for step in self.steps()[: -self.config.keep_latest_k]:
+                if step != but and not (every and step % every == 0):
+                    self.storage.remove(folder_name(step))
+        except Exception as error:  # of whatever kind, on this rank alone
+            logger.warning("old checkpoints in %s remain: %s", self.storage.root, error)
+
+    def _set_aside(self, damaged: dict[int, list[str]]) -> None:
+        for step, found in damaged.items():
+            aside = self._rename(step, "damaged")
+            self.tell("damaged", step=step, problems=found, kept_as=aside)
+            if self.ranks.rank == 0:
+                logger.warning(
+                    "damaged checkpoint of %s; it is kept as %s and the one before is used",
+                    *(_list({step: found}), aside),
+                )
+
+    def _rename(self, step: int, why: str) -> str:
+        return self.ranks.on_first(lambda: self.storage.set_aside(folder_name(step), why))
+
+    def _went_back(self, step: int, steps: list[int]) -> bool:
+        """Whether this command has gone back to `step` before: then it goes on, like any other."""
+        for later in steps:
+            if later > step:
+                with suppress(OSError, ValueError):
+                    found = manifest.read(self.storage, folder_name(later))
+                    if found.get("resume") == str(step):
+                        return True
+        return False
+
+    def _find_step(self, step: int, steps: list[int]) -> int:
+        if step not in steps:
+            raise ConfigError(
+                f'checkpoint.resume = "{step}": {self.storage.root} has '
+                f"{', '.join(map(str, steps)) or 'none'}"
+            )
+        if found := self.problems(step):
+            raise ConfigError(
+                f'checkpoint.resume = "{step}": that checkpoint is damaged: {"; ".join(found[:3])}'
+            )
+        for later in steps[steps.index(step) + 1 :]:  # else "auto" would go on from these
+            aside = self._rename(later, "abandoned")
+            self.tell("abandoned", step=later, kept_as=aside)
+            if self.ranks.rank == 0:
+                logger.info("going back to step %d: step %d is kept as %s", step, later, aside)
+        return step
+
+
+def folder_name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def _list(damaged: dict[int, list[str]]) -> str:
+    return " | ".join(f"step {step}: {'; '.join(found[:3])}" for step, found in damaged.items())
+
+
+def _is_restart() -> bool:
+    """Whether torchrun or SLURM has started this command again by themselves."""
+    counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    return any(os.environ.get(count, "0") != "0" for count in counts)
