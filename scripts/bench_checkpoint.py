@@ -37,6 +37,8 @@ class Toy:
         width = 1024
         layers = max(1, round(millions * 1e6 / width**2))
         self.model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
+        for parameter in self.model.parameters():  # else the activations of 200 layers vanish
+            nn.init.normal_(parameter, std=width**-0.5)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         self.x = torch.randn(rows, width)
 
@@ -64,6 +66,7 @@ def main() -> None:
     if arguments.quick:
         arguments.parameters, arguments.around, arguments.rounds = 4, 3, 1
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # as the trainer does
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         figures = measure(arguments, Path(folder))
     print(json.dumps(figures))

@@ -33,7 +33,7 @@ from titan_vlm.data.chat import Encoder, for_template, text_of
 from titan_vlm.data.sample import RawSample
 from titan_vlm.data.sources import build_held_out
 from titan_vlm.data.tokenizer import IMAGE_PAD
-from titan_vlm.errors import ConfigError, DataError
+from titan_vlm.errors import ConfigError, UserError
 from titan_vlm.evaluation.validate import last_assistant_turn, make_prompt, shown
 from titan_vlm.inference.generate import greedy
 from titan_vlm.models.init import init_weights
@@ -57,7 +57,7 @@ def main() -> int:
             config = load_config("qwen_vlm_moe.toml")
             random_export(config, Path(folder) / "hf")
             return report(*compare(config, Path(folder) / "hf", samples))
-    except (ConfigError, DataError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -35,7 +35,7 @@ from hf_reference import (
 from PIL import Image
 
 from titan_vlm.data.images import VisualSpec, image_grid, prepare_image
-from titan_vlm.errors import ConfigError, DataError
+from titan_vlm.errors import DataError, UserError
 from titan_vlm.models.qwen3_vl.config import Qwen3VLConfig
 from titan_vlm.models.qwen3_vl.hf import HFTensors, default_layout, load_hf, read_config
 from titan_vlm.models.qwen3_vl.model import Qwen3VL
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
             results = [check(Path(arguments.directory), arguments)]
         else:
             results = [check_random(moe, arguments) for moe in (False, True)]
-    except (ConfigError, DataError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     worst = {name: max(result[name] for result in results) for name in results[0]}

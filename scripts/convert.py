@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from titan_vlm.assembly import assemble, export
 from titan_vlm.config import load_config
-from titan_vlm.errors import ConfigError, DataError
+from titan_vlm.errors import ConfigError, UserError
 from titan_vlm.models.qwen3_vl.hf import HFTensors, links, read_config, write_weights
 from titan_vlm.models.safetensors_io import INDEX, new_directory
 
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
                 f"{source} is neither a Hugging Face directory (config.json) nor a training "
                 "checkpoint (.metadata)"
             )
-    except (ConfigError, DataError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"wrote {target}")

@@ -21,7 +21,7 @@ from titan_vlm import distributed
 from titan_vlm.assembly import assemble_export
 from titan_vlm.config import Config, load_config
 from titan_vlm.data.chat import Encoder
-from titan_vlm.errors import ConfigError, DataError
+from titan_vlm.errors import ConfigError, UserError
 from titan_vlm.evaluation.validate import Result, Validator
 from titan_vlm.inference.experts import last_loads, rank_imbalance, spread_experts
 from titan_vlm.mesh import AXES, build_mesh
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
             str(folder / "config.toml"), ["--eval.samples", str(arguments.samples)]
         )
         result, imbalance = answer(config, folder, arguments.redundant_experts)
-    except (ConfigError, DataError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:

@@ -79,6 +79,7 @@ def look(folder: Path, above: Path, verify: bool) -> dict[str, Any]:
     about = read_about(folder)
     told = events.read(folder)
     starts = [i for i, event in enumerate(told) if event["kind"] == "start"]
+    refused = sum(event.get("reason") == "refused" for event in told if event["kind"] == "stop")
     last = last_metrics(folder)
     step = max(last.get("step", 0), max((event.get("step") or 0 for event in told[-1:]), default=0))
     return {
@@ -90,7 +91,7 @@ def look(folder: Path, above: Path, verify: bool) -> dict[str, Any]:
         "mesh": {axis: n for axis, n in about.get("mesh", {}).items() if n > 1},
         "loss": last.get("loss"),
         "state": state_of(folder, told[starts[-1] :] if starts else []),
-        "restarts": max(len(starts) - 1, 0),
+        "restarts": max(len(starts) - refused - 1, 0),
         "checkpoints": checkpoints(where_checkpoints_lie(folder), verify),
     }
 
@@ -143,6 +144,7 @@ def state_of(folder: Path, told: list[dict[str, Any]]) -> str:
             "finished": "finished",
             "max_hours": "stopped by training.max_hours",
             "error": f"error: {stop.get('error', '')}",
+            "refused": f"last start refused: {stop.get('error', '')}",
         }.get(reason, reason)
     return "running?" if told and seems_alive(folder, told[0]) else "unknown (killed)"
 

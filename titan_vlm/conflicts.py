@@ -119,6 +119,8 @@ def mixture_conflicts(data: "Data") -> Iterator[str]:
         if not table.name or table.name in names[:k]:
             other = "" if table.name else "; metrics and the ledger call the source by it"
             yield f'{key}.name: expected a name of its own, got "{table.name}"{other}'
+        if {":", "/"} & set(table.name):  # they divide the ids of samples and the names of metrics
+            yield f'{key}.name: expected a name without ":" and "/", got "{table.name}"'
         yield from path_conflicts(key, table)
         if weighted and not table.weight:
             yield (

@@ -6,9 +6,9 @@ Anything else that is raised is a defect of the program and keeps its traceback.
 LONGEST = 2000  # characters of a message
 
 
-class _OneLine(ValueError):
-    """A message stays one printable line, not too long, whatever a file name, key or value
-    smuggles into it (a terminal obeys control characters)."""
+class UserError(ValueError):
+    """Any of those below. A message stays one printable line, not too long, whatever a file name,
+    key or value smuggles into it (a terminal obeys control characters)."""
 
     def __init__(self, message: str):
         text = str(message)
@@ -18,11 +18,11 @@ class _OneLine(ValueError):
         super().__init__("".join(shown))
 
 
-class ConfigError(_OneLine):
+class ConfigError(UserError):
     """A setting that cannot work: its key, its value, or its company."""
 
 
-class DataError(_OneLine):
+class DataError(UserError):
     """Data that cannot be used: a missing file, an unreadable sample, too many bad ones."""
 
 
@@ -30,9 +30,9 @@ class DataEnded(DataError):
     """Every source has been read as often as it may be."""
 
 
-class NumericsError(_OneLine):
+class NumericsError(UserError):
     """Numbers that are not finite any more, so that training on would destroy the weights."""
 
 
-class CheckpointError(_OneLine):
+class CheckpointError(UserError):
     """Checkpoints that cannot be written any more, so that training on would be lost."""

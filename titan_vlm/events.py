@@ -8,8 +8,9 @@
     resume      mesh, ranks_saved          training goes on from a checkpoint of this step
     save        seconds, bytes             this step was saved
     signal      signal                     the ranks have agreed to stop for it
-    stop        reason, signal or error    it ended: finished, signal, max_hours or error; with
-                                           saved = false by a second signal
+    stop        reason, signal or error    it ended: finished, signal, max_hours, error or, before
+                                           it began, refused; with saved = false by a second signal
+    source_end  source                     this source of a mixture is through its epochs
     skip, spike, rollback, failed_save, damaged      by checkpoint and guards
 
 Rank 0 writes, the others' calls do nothing, and so do those outside a run. The file is only ever

@@ -27,17 +27,19 @@ import torch.distributed as dist
 
 from titan_vlm import __version__, events, logs
 from titan_vlm.config import Config, config_to_toml
-from titan_vlm.errors import ConfigError
+from titan_vlm.errors import ConfigError, UserError
 
 logger = logging.getLogger("titan_vlm")
 LOCK_S = 20.0  # for a process that was told to end and is saving
 _locked: TextIO | None = None
+_is_ready = False  # all is set up, and nothing was refused
 PACKAGES = ("torch", "torchdata", "transformers", "tokenizers", "torchao", "safetensors", "numpy")
 
 
 def open_run_dir(output: Path, degrees: Mapping[str, int]) -> None:
     """Make `run.output_dir`, begin its log and its events, and let rank 0 speak for all."""
-    rank = dist.get_rank()
+    global _is_ready
+    rank, _is_ready = dist.get_rank(), False
     try:
         (output / "logs").mkdir(parents=True, exist_ok=True)
         logs.begin(output / "logs" / f"rank{rank}.log", is_shown=rank == 0)
@@ -98,7 +100,9 @@ def warn_of_lost_saves(output: Path, directory: str) -> None:
 
 
 def describe(output: Path, config: Config, degrees: Mapping[str, int]) -> None:
-    """Leave the resolved configuration and `run.json` with the run."""
+    """Leave the resolved configuration and `run.json` with the run, which is set up."""
+    global _is_ready
+    _is_ready = True
     if dist.get_rank() != 0:
         return
     about = {
@@ -121,15 +125,19 @@ def describe(output: Path, config: Config, degrees: Mapping[str, int]) -> None:
 
 @contextmanager
 def told() -> Iterator[None]:
-    """Around a run: an exception that ends it goes into its log and its events, which end here."""
+    """Around a run: an exception that ends it goes into its log and its events, which end here.
+    Of a user's error the log has the line that the console has."""
     try:
         yield
     except BaseException as error:
         if isinstance(error, SystemExit):
             raise
         line = " ".join(f"{type(error).__name__}: {error}".split())
-        events.write("stop", reason="error", error=line[:500])
-        logs.write(logging.ERROR, "".join(traceback.format_exception(error)).rstrip())
+        is_users = isinstance(error, UserError)
+        reason = "refused" if is_users and not _is_ready else "error"
+        events.write("stop", reason=reason, error=line[:500])
+        text = line if is_users else "".join(traceback.format_exception(error)).rstrip()
+        logs.write(logging.ERROR, text)
         raise
     finally:
         _unlock()

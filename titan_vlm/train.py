@@ -28,7 +28,7 @@ from titan_vlm.data.ledger import Ledger
 from titan_vlm.data.loader import MAX_REASONS, RowLoader, build_loader, merge_states
 from titan_vlm.data.packing import Counts
 from titan_vlm.data.rows import collate
-from titan_vlm.errors import CheckpointError, ConfigError, DataEnded, DataError, NumericsError
+from titan_vlm.errors import DataEnded, DataError, NumericsError, UserError
 from titan_vlm.evaluation.validate import Result, Validator, has_held_out_data
 from titan_vlm.hang import Watch
 from titan_vlm.mesh import Mesh, build_mesh, rank, size
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
             MemoryReport(config) as memory,
         ):
             train(config, watch, stop, memory)
-    except (ConfigError, DataError, NumericsError, CheckpointError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         if distributed.is_hidden_rank():  # torchrun ends all with the first, so let the seen one be
             time.sleep(REFUSAL_S)
@@ -170,14 +170,15 @@ def prepare(config: Config) -> "Run":
     resume_from = checkpointer.history.find()
     if resume_from is None:
         run_dir.warn_of_lost_saves(output, checkpointer.storage.root)
+    # Before the model, which may take minutes: mistakes in [data] are the most frequent.
+    reader, readers = mesh.batch.get_local_rank(), mesh.batch.size()
+    loader = build_loader(config, parts.tokenizer, parts.images, reader, readers)
     whole = build_model(parts, config)
     freeze_parameters(whole, config.training.freeze)
     width = parts.dims.text.hidden_size
     model, pipeline = parallelize(whole, plan, mesh, config, width, device)
     fill(model, parts, config, device, fresh=resume_from is None)
     optimizer = build_optimizer(model, config.optimizer, whole)
-    reader, readers = mesh.batch.get_local_rank(), mesh.batch.size()
-    loader = build_loader(config, parts.tokenizer, parts.images, reader, readers)
     run = Run(
         config,
         parts,
@@ -190,7 +191,7 @@ def prepare(config: Config) -> "Run":
         mesh,
         pipeline,
         routing.all_layers(whole),
-        BySource(loader.rows.mixture.names, device),
+        BySource(loader.rows.mixture, device),
         Guard(config.guards, events.write),
     )
     resume(run, resume_from)
@@ -284,7 +285,7 @@ def global_counts(run: Run, batches: list[Batch]) -> dict[str, float]:
     more = run.loader.ended < sum(len(b.tokens_BS) for b in batches)
     values = torch.tensor([*counts.values(), more, *so_far], dtype=torch.float64)
     values = distributed.sum_over(run.mesh.batch, values).tolist()
-    run.sources.set_counts(values[len(counts) + 1 :])
+    run.sources.set_counts(run.step, values[len(counts) + 1 :])
     total = sum(run.sources.counts, Counts())
     run.skipped = {name: getattr(total, name) for name in run.skipped}
     check_bad(run, total)
@@ -380,9 +381,6 @@ def validate(run: Run, validator: Validator, metrics: MetricsLogger) -> Result:
         mark = "right" if answer.right else f"expected {answer.expected!r}"
         metrics.print(f"      {answer.question} -> {answer.given!r} ({mark})")
     return result
-
-
-# ---------------------------------------------------------------------------- setting up
 
 
 # ---------------------------------------------------------------------------- save, resume, export

@@ -6,6 +6,7 @@ import pytest
 
 from tests.small_run import curve, run, run_killed
 from tests.unit.test_data_mixture import talks
+from titan_vlm import events
 from titan_vlm.data.ledger import Ledger, name_samples, read_ledger, sample_ids
 from titan_vlm.data.rows import Row
 from titan_vlm.errors import DataError
@@ -207,6 +208,16 @@ def test_a_run_whose_epochs_are_read_ends_saved_and_goes_on_with_more(tmp_path, 
     steps = read_ledger(tmp_path)
     later = [i for s in (step + 1, step + 2) for r in steps[s].rows for i in r]
     assert later and all(id.split(":")[1] == "1" for id in later)
+
+
+def test_a_source_that_is_read_to_its_end_is_told_once(tmp_path, mixed):
+    sources = mixed["data__sources"].replace('"b"', '"b", epochs = 1')
+    assert run(tmp_path, **mixed | {"data__sources": sources, "training__steps": "9"}) == 0
+    (told,) = [event for event in events.read(tmp_path) if event["kind"] == "source_end"]
+    assert told["source"] == "b" and 1 < told["step"] < 9
+    log = (tmp_path / "logs" / "rank0.log").read_text()
+    said = f"step {told['step']}: source b is through its epochs (1 x 7 samples); the others go on"
+    assert log.count("through its epochs") == 1 and said in log
 
 
 def test_without_the_setting_nothing_is_written(tmp_path, mixed):

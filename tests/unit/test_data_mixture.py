@@ -430,7 +430,8 @@ def order(*names):
         (three(by="tokens"), "^data.mixture_by = tokens, but .* began with samples"),
         (
             Mixture([Member("openai", Numbers("a", 31))]),
-            "^data.source = openai, but the run to resume began with none",
+            r"^\[data\] = source openai, but .* began with sources a, b, c and its .* go back to "
+            "sources a, b, c, or use another",
         ),
     ],
 )
@@ -447,5 +448,7 @@ def test_a_source_that_cannot_be_opened_is_named_by_its_table(tmp_path):
     with pytest.raises(ConfigError, match=r"^data.sources\[1\].path: .*none.jsonl: no such file"):
         build_mixture(Data(sources=[good, nowhere]), 0)
     empty = Source("openai", talks(tmp_path, "c", 0), name="c")
-    with pytest.raises(DataError, match="^the source c has no samples"):
+    with pytest.raises(DataError, match=r'^data.sources\[1\].path = ".*c.jsonl": no samples in it'):
         build_mixture(Data(sources=[good, empty]), 0)
+    with pytest.raises(DataError, match=r'^data.path = ".*c.jsonl": no samples in it'):
+        build_mixture(Data(source="openai", path=empty.path), 0)

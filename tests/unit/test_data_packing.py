@@ -178,8 +178,3 @@ def test_every_epoch_is_a_permutation_that_depends_on_seed_and_epoch_alone():
     assert first != [k - 50 for k in second]
     assert [again[j] for j in (75, 3)] == [order[75], order[3]]  # no need to have come by
     assert [other[j] for j in range(50)] != first
-
-
-def test_empty_source_is_refused():
-    with pytest.raises(DataError, match="no samples"):
-        EpochOrder(0, 0)

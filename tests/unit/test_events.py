@@ -104,8 +104,10 @@ def test_a_refusal_is_told_and_changes_neither_config_nor_run_json(tmp_path):
     assert run(tmp_path, **SHORT | {"run__seed": "9", "training__steps": "3"}) == 2
     assert [(tmp_path / name).read_text() for name in ("config.toml", "run.json")] == before
     stop = events.read(tmp_path)[-1]
-    assert (stop["kind"], stop["reason"]) == ("stop", "error")
+    assert (stop["kind"], stop["reason"]) == ("stop", "refused")
     assert "run.seed = 9" in stop["error"] and "\n" not in stop["error"]
+    log = (tmp_path / "logs" / "rank0.log").read_text()
+    assert "ERROR titan_vlm: ConfigError: run.seed = 9" in log and "Traceback" not in log
 
 
 def test_run_json_says_what_ran_where(tmp_path):

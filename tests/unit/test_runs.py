@@ -65,6 +65,7 @@ def test_every_way_to_end_is_told(tmp_path):
         "stopped by SIGUSR1": [("stop", {"reason": "signal", "signal": "SIGUSR1", "step": 12})],
         "stopped by training.max_hours": [("stop", {"reason": "max_hours"})],
         "error: DataError: bad": [("stop", {"reason": "error", "error": "DataError: bad"})],
+        "last start refused: no": [("stop", {"reason": "refused", "error": "no"})],
         "running?": [],
         "unknown (killed)": [],
     }
@@ -91,6 +92,15 @@ def test_what_ended_before_the_newest_start_is_past(tmp_path):
     make_run(tmp_path / "a", [error, again, error, again])
     run = listed(tmp_path)[0]["a"]
     assert (run["state"], run["restarts"]) == ("unknown (killed)", 2)
+
+
+def test_a_start_that_was_refused_is_no_restart(tmp_path):
+    again = ("start", {"host": platform.node(), "pid": gone()})
+    refused = ("stop", {"reason": "refused", "error": "x"})
+    make_run(tmp_path / "a", [refused, again, ("stop", {"reason": "finished"}), again, refused])
+    assert listed(tmp_path)[0]["a"]["restarts"] == 0
+    make_run(tmp_path / "b", [refused])
+    assert listed(tmp_path)[0]["b"]["restarts"] == 0
 
 
 def test_progress_loss_and_mesh(tmp_path):

@@ -166,10 +166,11 @@ class PackedRows(IterableDataset):
         for key in self.sequence | state["sequence"]:
             present, saved = self.sequence.get(key), state["sequence"].get(key)
             if present != saved:
-                was = "none" if saved is None else saved
+                if present is None or saved is None:  # of a mixture, or of one source only
+                    key, present, saved = "[data]", *map(_named, (self.sequence, state["sequence"]))
                 raise ConfigError(
-                    f"{key} = {present}, but the run to resume began with {was} and its sequence "
-                    f"of rows depends on it; go back to {was}, or use another run.output_dir"
+                    f"{key} = {present}, but the run to resume began with {saved} and its sequence "
+                    f"of rows depends on it; go back to {saved}, or use another run.output_dir"
                 )
         self.mixture.note_moves(state["paths"])
         if state["rows"] % self.ranks:
@@ -194,6 +195,11 @@ class PackedRows(IterableDataset):
         raw = mixture.members[member].source[mixture.orders[member][position]]
         sample = self.encoder.encode(raw)
         return replace(sample, id=mixture.id(member, position), source=member)
+
+
+def _named(sequence: dict) -> str:
+    keys = ("data.source", "data.sources")
+    return next(f"{key.removeprefix('data.')} {sequence[key]}" for key in keys if key in sequence)
 
 
 class RowIterator:

@@ -63,7 +63,7 @@ class Mixture:
 
     def __init__(self, members: list[Member], seed: int = 0, by: str = ""):
         self.members, self.seed, self.by = members, seed, by
-        self.orders = [EpochOrder(len(m.source), seed, k, m.name) for k, m in enumerate(members)]
+        self.orders = [EpochOrder(len(m.source), seed, k) for k, m in enumerate(members)]
 
     @property
     def names(self) -> list[str]:
@@ -119,9 +119,7 @@ class Mixture:
 class EpochOrder:
     """Position j of the endless order of a source -> its index (epoch * size + number)."""
 
-    def __init__(self, size: int, seed: int, member: int = 0, name: str = ""):
-        if size == 0:
-            raise DataError(f"the source {name or member} has no samples")
+    def __init__(self, size: int, seed: int, member: int = 0):
         self.size, self.seed, self.member = size, seed, member
         self.permutations: dict[int, np.ndarray] = {}
 
@@ -209,6 +207,7 @@ def build_mixture(data: Data, seed: int) -> Mixture:
     """
     if not data.sources:
         source = build_source(data, data.split, seed)
+        check_not_empty(source, "data", data)
         return Mixture([Member(data.source, source, path=data.path)], seed)
     members = []
     for k, table in enumerate(data.sources):
@@ -219,6 +218,7 @@ def build_mixture(data: Data, seed: int) -> Mixture:
         except ConfigError as error:
             where = rf"data.sources[{k}].\1"
             raise ConfigError(re.sub(r"^data\.(\w+)", where, str(error))) from error
+        check_not_empty(source, f"data.sources[{k}]", table)
         weight = table.weight or len(source) ** (1 / data.mixture_temperature)
         members.append(Member(table.name, source, weight, table.epochs, table.path))
     mixture = Mixture(members, seed, data.mixture_by)
@@ -229,3 +229,9 @@ def build_mixture(data: Data, seed: int) -> Mixture:
             "source %s: %d samples, %.1f %% of %s", member.name, size, 100 * share, mixture.by
         )
     return mixture
+
+
+def check_not_empty(source: Any, table: str, samples: Data | Samples) -> None:
+    if len(source) == 0:
+        where = f'path = "{samples.path}"' if samples.path else f'split = "{samples.split}"'
+        raise DataError(f"{table}.{where}: no samples in it")

@@ -4,30 +4,44 @@ The loss is that of the training step itself, token by token where the head comp
 the source of each token's document; no token is computed twice. It is taken on steps that report.
 """
 
+import logging
+
 import torch
 from torch import Tensor
 
-from titan_vlm import distributed
+from titan_vlm import distributed, events
+from titan_vlm.data.mixture import Mixture
 from titan_vlm.data.packing import Counts
 from titan_vlm.mesh import Mesh
 from titan_vlm.models.inputs import Batch
 from titan_vlm.training.loss import Tally
 
+logger = logging.getLogger(__name__)
+
 
 class BySource:
     """G sources. Nothing is done for fewer than two: the run's own figures say it all."""
 
-    def __init__(self, names: list[str], device: torch.device):
-        self.names = names
-        self.sums_2G = torch.zeros(2, len(names), dtype=torch.float64, device=device)
-        self.counts = [Counts() for _ in names]  # of all ranks
+    def __init__(self, mixture: Mixture, device: torch.device):
+        self.names, self.members = mixture.names, mixture.members
+        self.sums_2G = torch.zeros(2, len(self.names), dtype=torch.float64, device=device)
+        self.counts = [Counts() for _ in self.names]  # of all ranks
 
-    def set_counts(self, values: list[float]) -> None:
-        """`Counts.as_list` of one source after the other, summed over the ranks."""
+    def set_counts(self, step: int, values: list[float]) -> None:
+        """`Counts.as_list` of one source after the other, summed over the ranks; says which is
+        read to its end."""
+        before = self.counts
         share = len(values) // len(self.names)
         self.counts = [
             Counts(*map(int, values[k * share : (k + 1) * share])) for k in range(len(self.names))
         ]
+        for member, was, now in zip(self.members, before, self.counts, strict=True):
+            if was.seen < member.epochs * len(member.source) <= now.seen:
+                logger.info(
+                    "step %d: source %s is through its epochs (%d x %d samples); the others go on",
+                    *(step, member.name, member.epochs, len(member.source)),
+                )
+                events.write("source_end", step=step, source=member.name)
 
     def tally(self, batch: Batch) -> Tally | None:
         """For the loss of a micro-batch, on the rank that computes it."""
