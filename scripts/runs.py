@@ -177,13 +177,16 @@ def checkpoints(directory: str, verify: bool) -> list[dict[str, Any]]:
     storage, found = Storage(directory), []
     for folder in storage.names():
         if name := FOLDER.fullmatch(folder):
+            files = storage.names(folder)
+            # An object store has a save that is being written under its name already.
+            complete = name[2] is None and (storage.is_local or manifest.NAME in files)
             found.append(
                 {
                     "step": int(name[1]),
                     "folder": folder,
-                    "bytes": sum(storage.size(folder, file) for file in storage.names(folder)),
-                    "complete": name[2] is None,
-                    "problems": [] if name[2] else manifest.problems(storage, folder, verify),
+                    "bytes": sum(storage.size(folder, file) for file in files),
+                    "complete": complete,
+                    "problems": manifest.problems(storage, folder, verify) if complete else [],
                 }
             )
     return sorted(found, key=lambda checkpoint: (checkpoint["step"], checkpoint["folder"]))

@@ -140,7 +140,11 @@ def test_an_object_store_holds_the_same_run(tmp_path, async_save):
     again = Run(directory, seed=5)
     assert again.resume() == 1
     assert "another checksum" in again.events[0][1]["problems"][0]
-    assert store.exists(f"/{tmp_path.name}/step-000002/manifest.json.damaged")
+    again.train(1)
+    again.save(2)  # and the run goes on without touching the damaged one
+    assert store.cat_file(f"/{tmp_path.name}/step-000002.damaged/__0_0.distcp") == bytes(data)
+    assert store.exists(f"/{tmp_path.name}/step-000002.damaged/manifest.json")
+    assert Run(directory).resume() == 2
 
 
 def test_only_the_latest_are_kept_in_an_object_store(tmp_path):
@@ -223,6 +227,24 @@ def test_what_a_killed_process_left_is_cleared_away(tmp_path):
         shutil.copytree(tmp_path / "step-000001", tmp_path / name)
     assert Run(tmp_path).resume() == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000001", "step-000002"]
+
+
+@pytest.mark.parametrize("is_remote", [False, True])
+def test_nothing_is_removed_that_is_no_checkpoint(tmp_path, is_remote):
+    """In the folder of others: it was once a bucket's root."""
+    directory = f"memory://{tmp_path.name}" if is_remote else str(tmp_path)
+    store, root = fsspec.core.url_to_fs(directory)
+    theirs = ["notes.txt", "data/shard.tar", "weights.old/a.bin", "step-1.tmp/a", "step-000002x/a"]
+    theirs += ["my-step-000002.tmp/a", "step-000009.abandoned/a"]
+    half = f"step-000007{'' if is_remote else '.tmp'}/__0_0.distcp"
+    for path in (*theirs, half):
+        store.makedirs(f"{root}/{path}".rpartition("/")[0], exist_ok=True)
+        store.pipe_file(f"{root}/{path}", b"what is in it")
+    trained(directory)
+    assert Run(directory).resume() == 2
+    left = [path.split(f"{tmp_path.name}/", 1)[1] for path in store.find(root)]
+    assert sorted(path for path in left if path in theirs) == sorted(theirs)
+    assert not any(path.startswith("step-000007") for path in left)
 
 
 # ---------------------------------------------------------------------------- while saving

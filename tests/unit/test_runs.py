@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import fsspec
 import pytest
 
 from scripts import runs
@@ -184,3 +185,17 @@ def test_checkpoints_elsewhere_are_looked_at_there(tmp_path):
         file.write(f'[checkpoint]\ndirectory = "{directory}"\n')
     (checkpoint,) = listed(tmp_path / "runs", "--verify")[0]["a"]["checkpoints"]
     assert (checkpoint["step"], checkpoint["problems"]) == (5, [])
+
+
+def test_what_an_object_store_is_being_given_is_not_damaged(tmp_path):
+    make_run(tmp_path / "a")
+    make_checkpoint(tmp_path, 5)
+    directory = f"memory://{tmp_path.name}"
+    store = fsspec.filesystem("memory")
+    store.put(str(tmp_path / "checkpoints"), f"/{tmp_path.name}", recursive=True)
+    store.pipe_file(f"/{tmp_path.name}/step-000010/__0_0.distcp", b"half of it")
+    with (tmp_path / "a" / "config.toml").open("a") as file:
+        file.write(f'[checkpoint]\ndirectory = "{directory}"\n')
+    found, status = listed(tmp_path)
+    told = [(c["step"], c["complete"], c["problems"]) for c in found["a"]["checkpoints"]]
+    assert told == [(5, True, []), (10, False, [])] and status == 0

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -10,11 +9,9 @@ from titan_vlm.config import Checkpoint
 from titan_vlm.errors import ConfigError
 from titan_vlm.training import manifest
 from titan_vlm.training.ranks import Ranks, StorageError
-from titan_vlm.training.storage import Storage
+from titan_vlm.training.storage import FOLDER, Storage
 
 logger = logging.getLogger(__name__)
-
-_FOLDER = re.compile(r"step-(\d{6,})")
 
 
 class History:
@@ -32,7 +29,7 @@ class History:
     def steps(self) -> list[int]:
         """Steps of the committed checkpoints, oldest first."""
         names = self.storage.names()
-        steps = [int(match[1]) for name in names if (match := _FOLDER.fullmatch(name))]
+        steps = [int(match[1]) for name in names if (match := FOLDER.fullmatch(name))]
         if self.storage.is_local:
             return sorted(steps)
         return sorted(s for s in steps if manifest.NAME in self.storage.names(folder_name(s)))

@@ -4,10 +4,10 @@
     written as       step-000100.tmp                         step-000100
     committed by     a rename to step-000100, after every    its manifest.json, the last object
                      byte and the folder are on the disk     that is written
-    set aside as     step-000100.damaged                     step-000100 with manifest.json.damaged
+    set aside as     step-000100.damaged                     the same, object by object
 
 An object store cannot rename a folder, but shows an object only when it is whole. On both, a
-checkpoint without a manifest is none. DCP reads and writes through the same class, which takes the
+checkpoint without a manifest is none. Nothing but folders of these names is ever removed. DCP reads and writes through the same class, which takes the
 checksum of a file while it is written: nothing is read a second time.
 """
 
@@ -15,6 +15,7 @@ import hashlib
 import io
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,9 @@ from torch.distributed.checkpoint.filesystem import FileSystemBase
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from titan_vlm.errors import ConfigError
+
+FOLDER = re.compile(r"step-(\d{6,})")
+_LEFT = re.compile(FOLDER.pattern + r"\.(tmp|old)")
 
 
 class Storage(FileSystemBase):
@@ -127,24 +131,26 @@ class Storage(FileSystemBase):
     def clear(self) -> None:
         """Remove what a killed process was writing or removing, or a save that failed."""
         for name in self.names():
-            if self.is_local and name.endswith((".tmp", ".old")):
+            if self.is_local and _LEFT.fullmatch(name):
                 shutil.rmtree(self.path(name), ignore_errors=True)
-            elif not self.is_local and not any(x.startswith("manifest") for x in self.names(name)):
-                self.remove(name)
+            elif not self.is_local and FOLDER.fullmatch(name):
+                if "manifest.json" not in self.names(name):
+                    self.remove(name)
 
     def set_aside(self, name: str, why: str) -> str:
         """Keep `name` where nobody takes it for a checkpoint; returns its new name."""
         taken, number = set(self.names()), 1
-        if not self.is_local:
-            aside = f"manifest.json.{why}"
-            if "manifest.json" in self.names(name):
-                self.fs.mv(self.path(name, "manifest.json"), self.path(name, aside))
-            return f"{name}/{aside}"
         aside = f"{name}.{why}"
         while aside in taken:
             number += 1
             aside = f"{name}.{why}{number}"
-        os.rename(self.path(name), self.path(aside))
+        if self.is_local:
+            os.rename(self.path(name), self.path(aside))
+            return aside
+        # Removed once it is copied whole; file by file, for stores have no folders to copy.
+        files = self.names(name)
+        self.fs.copy([self.path(name, f) for f in files], [self.path(aside, f) for f in files])
+        self.remove(name)
         return aside
 
     def writer(self, folder: str) -> dcp.StorageWriter:
