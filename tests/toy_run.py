@@ -55,6 +55,7 @@ class Run:
         step = self.checkpointer.history.find()
         if step is not None:
             self.load(step)
+        self.checkpointer.history.go_back()
         return step
 
     def load(self, step):

@@ -3,6 +3,8 @@
     scripts/launch.py                              trainers of this node, local rank 0, 1, ...
 
     makes the folder, names it to them      ->     write `rank<r>`: process id, "running"
+                                                   write `begun` once all is set up, for those that
+                                                   are started in their place
     SIGTERM: writes `signal`, passes it on  ->     finish the step, save
                                             <-     write `rank<r>`: "stopped"
     exits with STOPPED (75)                        exit with 0
@@ -65,6 +67,20 @@ def end(stopped: bool) -> int:
     """Tell the launcher how this process ended; its exit status."""
     _tell("stopped" if stopped else "ended")
     return STOPPED if stopped and not _folder() else 0
+
+
+def set_up() -> None:
+    """Leave for those started in its place that this process was refused nothing and trains."""
+    if folder := _folder():
+        (folder / "begun").touch()
+
+
+def is_restart() -> bool:
+    """Whether a process that was `set_up` has been here before, and torchrun or SLURM has started
+    the command again by themselves. Nodes may differ: one may have joined since."""
+    folder, again = _folder(), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    return requeued or ((folder / "begun").exists() if folder else again)
 
 
 def has_failed_peer() -> bool:

@@ -195,10 +195,12 @@ def prepare(config: Config) -> "Run":
         Guard(config.guards, events.write),
     )
     resume(run, resume_from)
-    open_ledger(run)
     place_experts(run)
     # Last, for a run that is refused must not change the one it met.
+    checkpointer.history.go_back()
+    open_ledger(run)
     run_dir.describe(output, config, plan.degrees)
+    launched.set_up()
     return run
 
 

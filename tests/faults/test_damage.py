@@ -15,7 +15,9 @@ import fsspec
 import pytest
 from torch.distributed.checkpoint import FileSystemWriter
 
+from tests import small_run
 from tests.toy_run import Run, assert_same_bits
+from titan_vlm import distributed, launched
 from titan_vlm.errors import CheckpointError, ConfigError
 from titan_vlm.jsonl import Lines, open_until
 from titan_vlm.training import manifest, storage
@@ -185,16 +187,30 @@ def test_going_back_to_a_step_leaves_the_later_ones_where_nobody_takes_them_up(t
     assert (tmp_path / "step-000002.abandoned" / "manifest.json").exists()
 
 
-def test_the_command_that_went_back_goes_on_when_it_is_started_again(tmp_path):
+@pytest.mark.parametrize("one", ["1", "0001"])
+def test_the_command_that_went_back_goes_on_when_it_is_started_again(tmp_path, one):
     """Else each automatic restart would go back anew."""
     trained(tmp_path)
-    run = Run(tmp_path, resume="1", keep_latest_k=0)
+    run = Run(tmp_path, resume=one, keep_latest_k=0)
     assert run.resume() == 1
     for step in (2, 3):
         run.train(1)
         run.save(step)
-    assert Run(tmp_path, resume="1").resume() == 3
+    assert Run(tmp_path, resume=one).resume() == 3
     assert Run(tmp_path, resume="2").resume() == 2
+
+
+def test_a_start_that_is_refused_has_not_gone_back(tmp_path):
+    changes = {"training__steps": "3", "checkpoint__every": "1", "checkpoint__keep_latest_k": "0"}
+    changes |= {"checkpoint__export_hf": "false", "training__global_batch_size": "1"}
+    assert small_run.run(tmp_path, **changes) == 0
+    folders = [f"step-{step:06d}" for step in (1, 2, 3)]
+    assert small_run.run(tmp_path, **changes, checkpoint__resume="1", run__seed="9") == 2
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*")) == folders
+    assert small_run.run(tmp_path, **changes, checkpoint__resume="1") == 0
+    aside = [f"{name}.abandoned" for name in folders[1:]]
+    found = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*"))
+    assert found == sorted(folders + aside)
 
 
 def test_a_step_that_is_not_there_and_a_start_that_must_be_new_are_refused(tmp_path):
@@ -417,6 +433,35 @@ def test_a_start_that_must_be_new_may_be_started_again_by_torchrun(tmp_path, mon
     trained(tmp_path)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert Run(tmp_path, resume="none").resume() == 2
+
+
+def test_a_start_that_was_refused_is_refused_again_when_it_is_started_again(tmp_path, monkeypatch):
+    """With --max-restarts torchrun starts a command again that was refused."""
+    trained(tmp_path / "run")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv(launched.FOLDER, str(tmp_path))
+    with pytest.raises(ConfigError, match='resume = "none"'):
+        Run(tmp_path / "run", resume="none").resume()
+    launched.set_up()
+    assert Run(tmp_path / "run", resume="none").resume() == 2
+
+
+def test_a_node_that_joins_a_run_that_must_be_new_goes_on_with_the_others(world, tmp_path):
+    """torchrun counts restarts by node, and none at all where nodes join."""
+    trained(tmp_path / "run")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "begun").touch()
+    (tmp_path / "new").mkdir()
+    assert world.run(2, find_on_old_and_new_node, tmp_path) == [2, 2]
+
+
+def find_on_old_and_new_node(folder):
+    os.environ[launched.FOLDER] = str(folder / ("old", "new")[int(os.environ["RANK"])])
+    try:
+        distributed.start("cpu")
+        return Run(folder / "run", resume="none").checkpointer.history.find()
+    finally:
+        del os.environ[launched.FOLDER]
 
 
 def test_metadata_is_written_before_it_is_synced(tmp_path, monkeypatch):

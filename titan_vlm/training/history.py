@@ -1,10 +1,10 @@
 """The checkpoints that a run has: which there are, which are whole, which one to go on from."""
 
 import logging
-import os
 from collections.abc import Callable
 from contextlib import suppress
 
+from titan_vlm import launched
 from titan_vlm.config import Checkpoint
 from titan_vlm.errors import ConfigError
 from titan_vlm.training import manifest
@@ -25,6 +25,7 @@ class History:
         self, storage: Storage, ranks: Ranks, config: Checkpoint, tell: Callable[..., None]
     ):
         self.storage, self.ranks, self.config, self.tell = storage, ranks, config, tell
+        self._later: list[int] = []  # than the step that the run goes back to
 
     def steps(self) -> list[int]:
         """Steps of the committed checkpoints, oldest first."""
@@ -56,7 +57,8 @@ class History:
                 "written"
             ) from error
         steps, resume = self.ranks.on_first(self.steps), self.config.resume
-        if resume == "none" and steps and not _is_restart():
+        # On any rank: a node that joins, or comes in place of another, has not begun before.
+        if resume == "none" and steps and not self.ranks.any(launched.is_restart()):
             raise ConfigError(
                 f'checkpoint.resume = "none": {self.storage.root} has checkpoints (newest: step '
                 f'{steps[-1]}); use another run.output_dir, or "auto" to continue'
@@ -131,8 +133,8 @@ class History:
         for later in steps:
             if later > step:
                 with suppress(OSError, ValueError):
-                    found = manifest.read(self.storage, folder_name(later))
-                    if found.get("resume") == str(step):
+                    resume = str(manifest.read(self.storage, folder_name(later)).get("resume"))
+                    if resume.isdecimal() and int(resume) == step:
                         return True
         return False
 
@@ -146,12 +148,19 @@ class History:
             raise ConfigError(
                 f'checkpoint.resume = "{step}": that checkpoint is damaged: {"; ".join(found[:3])}'
             )
-        for later in steps[steps.index(step) + 1 :]:  # else "auto" would go on from these
+        self._later = steps[steps.index(step) + 1 :]
+        return step
+
+    def go_back(self) -> None:
+        """Set aside what is later than the step that `find` was told to go back to, or "auto" would
+        go on from there. To be called when nothing refuses the start any more."""
+        for later in self._later:
             aside = self._rename(later, "abandoned")
             self.tell("abandoned", step=later, kept_as=aside)
             if self.ranks.rank == 0:
+                step = int(self.config.resume)
                 logger.info("going back to step %d: step %d is kept as %s", step, later, aside)
-        return step
+        self._later = []
 
 
 def folder_name(step: int) -> str:
@@ -160,9 +169,3 @@ def folder_name(step: int) -> str:
 
 def _list(damaged: dict[int, list[str]]) -> str:
     return " | ".join(f"step {step}: {'; '.join(found[:3])}" for step, found in damaged.items())
-
-
-def _is_restart() -> bool:
-    """Whether torchrun or SLURM has started this command again by themselves."""
-    counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-    return any(os.environ.get(count, "0") != "0" for count in counts)

@@ -7,8 +7,10 @@
     set aside as     step-000100.damaged                     the same, object by object
 
 An object store cannot rename a folder, but shows an object only when it is whole. On both, a
-checkpoint without a manifest is none. Nothing but folders of these names is ever removed. DCP reads and writes through the same class, which takes the
-checksum of a file while it is written: nothing is read a second time.
+checkpoint without a manifest is none. Nothing but folders of these names is ever removed.
+
+DCP reads and writes through the same class, which takes the checksum of a file while it is written:
+nothing is read a second time.
 """
 
 import hashlib
@@ -133,9 +135,10 @@ class Storage(FileSystemBase):
         for name in self.names():
             if self.is_local and _LEFT.fullmatch(name):
                 shutil.rmtree(self.path(name), ignore_errors=True)
-            elif not self.is_local and FOLDER.fullmatch(name):
-                if "manifest.json" not in self.names(name):
-                    self.remove(name)
+                continue
+            is_ours = not self.is_local and FOLDER.fullmatch(name)
+            if is_ours and "manifest.json" not in self.names(name):
+                self.remove(name)
 
     def set_aside(self, name: str, why: str) -> str:
         """Keep `name` where nobody takes it for a checkpoint; returns its new name."""
