@@ -3,48 +3,46 @@
     config.toml        the resolved configuration
     run.json           model, mesh, versions and commit of the newest start
     events.jsonl       what happened: `events.py`
+    .lock              which process has it: `lock.py`
     logs/rank<r>.log   what logging, warnings and uncaught exceptions said on each rank
 
 Rank 0 writes all but the others' logs.
 """
 
-import fcntl
 import json
 import logging
 import os
 import platform
 import subprocess
-import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from titan_vlm import __version__, events, logs
+from titan_vlm import __version__, events, lock, logs
 from titan_vlm.config import Config, config_to_toml
 from titan_vlm.errors import ConfigError, UserError
 
 logger = logging.getLogger("titan_vlm")
-LOCK_S = 20.0  # for a process that was told to end and is saving
-_locked: TextIO | None = None
 _is_ready = False  # all is set up, and nothing was refused
 PACKAGES = ("torch", "torchdata", "transformers", "tokenizers", "torchao", "safetensors", "numpy")
 
 
 def open_run_dir(output: Path, degrees: Mapping[str, int]) -> None:
-    """Make `run.output_dir`, begin its log and its events, and let rank 0 speak for all."""
+    """Make and lock `run.output_dir`, begin its log and events, and let rank 0 speak for all."""
     global _is_ready
     rank, _is_ready = dist.get_rank(), False
+    lock.release()
     try:
         (output / "logs").mkdir(parents=True, exist_ok=True)
         logs.begin(output / "logs" / f"rank{rank}.log", is_shown=rank == 0)
         if rank == 0:
-            _lock(output)
+            lock.take(output, "run.output_dir")
             events.open_for(output)
     except OSError as error:
         raise ConfigError(f"run.output_dir = {output}: {error.strerror}") from error
@@ -52,40 +50,6 @@ def open_run_dir(output: Path, degrees: Mapping[str, int]) -> None:
     events.write("start", mesh=dict(degrees), ranks=dist.get_world_size(), **where)
     if restarts := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         events.write("restart", count=restarts)
-
-
-def _lock(output: Path) -> None:
-    """One run at a time in a directory. The system takes the lock from a process that is gone."""
-    global _locked
-    _unlock()
-    file = (output / ".lock").open("a+")
-    end = time.monotonic() + LOCK_S
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError as error:
-            if time.monotonic() < end:
-                time.sleep(0.2)
-                continue
-            file.seek(0)
-            who = file.read().strip()
-            file.close()
-            raise ConfigError(
-                f"run.output_dir = {output}: {who} is still training here; stop it, or use "
-                "another directory"
-            ) from error
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}\n")
-    file.flush()
-    _locked = file
-
-
-def _unlock() -> None:
-    global _locked
-    if _locked is not None:
-        _locked.close()
-    _locked = None
 
 
 def warn_of_lost_saves(output: Path, directory: str) -> None:
@@ -140,7 +104,7 @@ def told() -> Iterator[None]:
         logs.write(logging.ERROR, text)
         raise
     finally:
-        _unlock()
+        lock.release()
         events.close()
         logs.end()
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from titan_vlm import distributed, events, launched, run_dir
+from titan_vlm import distributed, events, launched, lock, run_dir
 from titan_vlm.assembly import Parts, assemble, build_model, export, fill
 from titan_vlm.config import Config, config_from_args, config_to_toml
 from titan_vlm.data.chat import Encoder
@@ -167,6 +167,8 @@ def prepare(config: Config) -> "Run":
         about={"mesh": plan.degrees, "config": config_to_toml(config)},
         tell=events.write,
     )
+    if checkpointer.storage.is_local:  # other runs may use it from another run.output_dir
+        lock.take(Path(checkpointer.storage.root), "checkpoint.directory")
     resume_from = checkpointer.history.find()
     if resume_from is None:
         run_dir.warn_of_lost_saves(output, checkpointer.storage.root)

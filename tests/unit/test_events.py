@@ -1,5 +1,7 @@
 """What a run tells about itself: events.jsonl, run.json, the logs of its ranks."""
 
+import contextlib
+import errno
 import json
 import logging
 import os
@@ -14,8 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.small_run import run
-from titan_vlm import events, logs, run_dir
-from titan_vlm.errors import ConfigError
+from titan_vlm import events, lock, logs, run_dir
 from titan_vlm.training.metrics import Board
 
 SHORT = {"training__steps": "2", "checkpoint__export_hf": "false", "checkpoint__every": "0"}
@@ -186,23 +187,57 @@ def test_a_log_is_appended_to(tmp_path):
     assert [line.split()[-1] for line in lines] == ["first", "second"]
 
 
-def test_two_runs_in_one_directory_are_refused(tmp_path, monkeypatch):
-    """The lock is the process's: another one has it here."""
-    monkeypatch.setattr(run_dir, "LOCK_S", 0.1)
+def test_two_runs_in_one_directory_are_refused(tmp_path, monkeypatch, capfd):
+    """Nor in one for checkpoints, with directories of their own."""
+    monkeypatch.setattr(lock, "WAIT_S", 0.1)
+    first, second, shared = tmp_path / "first", tmp_path / "second", tmp_path / "shared"
+    for place, key in ((first, "run.output_dir"), (shared, "checkpoint.directory")):
+        with held(place):
+            assert run(first, **SHORT, checkpoint__directory=str(shared)) == 2
+        said = f"{key} = {place}: process 7 on there is still training here"
+        assert said in capfd.readouterr().err
+    assert run(second, **SHORT, checkpoint__directory=str(shared)) == 0
+    assert f"process {os.getpid()} on" in (shared / ".lock").read_text()
+
+
+def test_a_restart_waits_for_the_lock_of_a_machine_that_is_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "WAIT_S", 0.1)
+    monkeypatch.setattr(lock.dist, "get_rank", lambda: 0)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with held(tmp_path) as holder:
+        threading.Timer(1, holder.kill).start()
+        lock.take(tmp_path, "run.output_dir")
+    lock.release()
+
+
+@pytest.mark.parametrize("number", ["ENOSYS", "ENOLCK", "EOPNOTSUPP"])
+def test_where_nothing_can_be_locked_a_run_starts_with_a_warning(
+    tmp_path, monkeypatch, caplog, number
+):
+    def flock(*_):
+        raise OSError(getattr(errno, number), "not here")
+
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    monkeypatch.setattr(lock.dist, "get_rank", lambda: 0)
+    lock.take(tmp_path, "run.output_dir")
+    lock.release()
+    assert "cannot be locked (not here): see to it that no other run uses it" in caplog.text
+
+
+@contextlib.contextmanager
+def held(folder):
+    """The lock on a folder in another process's hands."""
+    folder.mkdir(exist_ok=True)
     holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path / ".lock")], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", HOLD, str(folder / ".lock")], stdout=subprocess.PIPE, text=True
     )
     try:
         assert holder.stdout.readline() == "locked\n"
-        with pytest.raises(ConfigError, match="process 7 on there is still training here"):
-            run_dir._lock(tmp_path)
+        yield holder
     finally:
         holder.kill()
         holder.wait()
         holder.stdout.close()
-    run_dir._lock(tmp_path)
-    assert f"process {os.getpid()} on" in (tmp_path / ".lock").read_text()
-    run_dir._unlock()
 
 
 HOLD = """
