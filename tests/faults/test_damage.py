@@ -263,6 +263,41 @@ def test_nothing_is_removed_that_is_no_checkpoint(tmp_path, is_remote):
     assert not any(path.startswith("step-000007") for path in left)
 
 
+# ---------------------------------------------------------------------------- several disks
+
+
+def test_nodes_that_do_not_share_the_folder_are_named_at_the_start(world, tmp_path):
+    alike = world.run(2, find_on_own_disk, tmp_path, "disk0", "disk0")
+    assert alike == [None, None] and list((tmp_path / "disk0").iterdir()) == []
+    told = world.run(2, find_on_own_disk, tmp_path, "disk0", "disk1")
+    for text in told:
+        assert f"{tmp_path}/disk" in text and "rank 1 on " in text and "rank 0 on" not in text
+        assert "cannot see what rank 0 wrote there; name a folder that all nodes share" in text
+
+
+def find_on_own_disk(folder, *disks):
+    distributed.start("cpu")
+    try:
+        return Run(folder / disks[int(os.environ["RANK"])]).checkpointer.history.find()
+    except ConfigError as error:
+        return str(error)
+
+
+def test_a_save_of_which_files_are_elsewhere_is_none(world, tmp_path):
+    """As where a disk is unmounted on one node, or two runs save into one folder."""
+    for kinds, why, steps in world.run(2, save_on_own_disk, tmp_path):
+        assert kinds == ["failed_save"] and steps == []
+        assert "__1_0.distcp is missing: all nodes" in why and "__0_0.distcp" not in why
+        assert "all nodes must share checkpoint.directory" in why
+
+
+def save_on_own_disk(folder):
+    distributed.start("cpu")
+    run = Run(folder / f"disk{os.environ['RANK']}", max_failed_saves=9)
+    run.save(1)
+    return [e[0] for e in run.events], run.events[0][1]["why"], run.checkpointer.history.steps()
+
+
 # ---------------------------------------------------------------------------- while saving
 
 

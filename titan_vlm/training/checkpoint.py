@@ -221,7 +221,7 @@ class Checkpointer:
             raise StorageError(_list_ranks(why)) from error
         files = self.ranks.union(self.storage.written)
         content = manifest.make(step, files, {"resume": self.config.resume} | self.about)
-        self.ranks.on_first(lambda: self.storage.commit(temporary, name, content))
+        self.ranks.on_first(lambda: self._commit(temporary, name, files, content))
         self.tell(
             "save",
             step=step,
@@ -229,6 +229,15 @@ class Checkpointer:
             bytes=sum(file["bytes"] for file in files.values()) + len(content),
         )
         self.history.prune(but=self._read)
+
+    def _commit(self, temporary: str, name: str, files: dict[str, Any], content: bytes) -> None:
+        """Only with the files of all ranks, which may write to other disks than rank 0."""
+        if lost := manifest.differences(self.storage, temporary, files, checksums=False):
+            raise FileNotFoundError(
+                f"of {len(files)} files in {self.storage.path(temporary)} {'; '.join(lost[:3])}: "
+                "all nodes must share checkpoint.directory, and no other run may save there"
+            )
+        self.storage.commit(temporary, name, content)
 
     def _finish(self, step: int, result: Callable[[], None]) -> None:
         try:

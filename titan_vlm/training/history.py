@@ -1,6 +1,7 @@
 """The checkpoints that a run has: which there are, which are whole, which one to go on from."""
 
 import logging
+import platform
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -47,10 +48,11 @@ class History:
 
         Raises:
             ConfigError: the step asked for is not there; or all there were are damaged; or there
-                are some where none may be.
+                are some where none may be; or ranks do not share the folder, or cannot write there.
         """
         try:
             self.ranks.on_first(self.storage.prepare)
+            self._check_shared()
         except StorageError as error:
             raise ConfigError(
                 f"checkpoint.directory = {self.storage.root}: {error}; name a folder that can be "
@@ -73,6 +75,25 @@ class History:
                     *(resume, self.storage.root),
                 )
         return self.newest_whole(steps)
+
+    def _check_shared(self) -> None:
+        """Whether all ranks see a file that rank 0 leaves."""
+        if self.ranks.size == 1:
+            return
+        token, own = self.ranks.on_first(self.storage.leave_token), {}
+        try:
+            self.storage.see(token)
+        except Exception as error:  # of whatever kind, on this rank alone
+            own[self.ranks.rank] = f"on {platform.node()} ({type(error).__name__}: {error})"
+        blind = self.ranks.union(own)
+        self.ranks.on_first(lambda: self.storage.rm_file(self.storage.path(token)))
+        if blind:
+            more = f" and {len(blind) - 3} more" if len(blind) > 3 else ""
+            names = ", ".join(f"rank {rank} {where}" for rank, where in list(blind.items())[:3])
+            raise ConfigError(
+                f"checkpoint.directory = {self.storage.root}: {names}{more} cannot see what rank 0 "
+                "wrote there; name a folder that all nodes share"
+            )
 
     def newest_whole(self, steps: list[int] | None = None) -> int | None:
         """The newest step whose checkpoint is whole, of all or of `steps`; damaged ones that are

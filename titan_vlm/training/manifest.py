@@ -71,8 +71,14 @@ def problems(
         return [f"{NAME} is missing"]
     except Exception as error:  # of whatever kind: object stores have their own
         return [f"{NAME}: {type(error).__name__}: {error}"]
+    mine = {file: files[file] for file in sorted(files)[turn::turns]}
+    return differences(storage, name, mine, checksums)
+
+
+def differences(storage: Storage, name: str, files: dict, checksums: bool) -> list[str]:
+    """Which files in a folder are not as they were written; `files` as in a manifest."""
     found = []
-    for file in sorted(files)[turn::turns]:
+    for file in files:
         try:
             found += _patiently(lambda file=file: _differs(storage, name, file, files, checksums))
         except FileNotFoundError:

@@ -19,6 +19,7 @@ import os
 import pickle
 import re
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -129,6 +130,17 @@ class Storage(FileSystemBase):
         if self.is_local and not os.access(self.root, os.W_OK):
             raise PermissionError(f"{self.root} may not be written")
         self.clear()
+
+    def leave_token(self) -> str:
+        """An empty file of a name that nobody has asked for before; returns the name."""
+        name = f".seen-{uuid.uuid4().hex}"
+        self.fs.pipe_file(self.path(name), b"")
+        return name
+
+    def see(self, token: str) -> None:
+        """Raises where `token` is not there, or cannot be asked for."""
+        self.fs.invalidate_cache()
+        self.fs.info(self.path(token))
 
     def clear(self) -> None:
         """Remove what a killed process was writing or removing, or a save that failed."""
