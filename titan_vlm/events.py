@@ -6,6 +6,8 @@
     start       mesh, ranks, host, pid     a process of this run begins
     restart     count                      and torchrun had to start it again
     resume      mesh, ranks_saved          training goes on from a checkpoint of this step
+    anew        kept_in                    a run that has saved finds no checkpoint, and begins
+                                           at step 0; what it had written is in this folder
     save        seconds, bytes             this step was saved
     signal      signal                     the ranks have agreed to stop for it
     stop        reason, signal or error    it ended: finished, signal, max_hours, error or, before

@@ -3,6 +3,7 @@
     config.toml        the resolved configuration
     run.json           model, mesh, versions and commit of the newest start
     events.jsonl       what happened: `events.py`
+    before<n>/         metrics and ledger of a run whose checkpoints are gone
     .lock              which process has it: `lock.py`
     logs/rank<r>.log   what logging, warnings and uncaught exceptions said on each rank
 
@@ -16,7 +17,7 @@ import platform
 import subprocess
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,10 @@ import torch.distributed as dist
 from titan_vlm import __version__, events, lock, logs
 from titan_vlm.config import Config, config_to_toml
 from titan_vlm.errors import ConfigError, UserError
+from titan_vlm.training.ranks import Ranks
 
 logger = logging.getLogger("titan_vlm")
+HISTORY = ("metrics.jsonl", "moe.jsonl", "ledger")  # what a run cuts that begins at step 0
 _is_ready = False  # all is set up, and nothing was refused
 PACKAGES = ("torch", "torchdata", "transformers", "tokenizers", "torchao", "safetensors", "numpy")
 
@@ -52,15 +55,38 @@ def open_run_dir(output: Path, degrees: Mapping[str, int]) -> None:
         events.write("restart", count=restarts)
 
 
-def warn_of_lost_saves(output: Path, directory: str) -> None:
-    """Where a run begins anew in a directory that tells of saves: they may be elsewhere."""
-    saves = [event["step"] for event in events.read(output) if event["kind"] == "save"]
-    if saves and dist.get_rank() == 0:
-        logger.warning(
-            "events.jsonl tells of a save after step %s, but %s has no checkpoint: beginning anew; "
-            "if that is wrong, stop and set checkpoint.directory",
-            *(saves[-1], directory),
-        )
+def begin_anew(output: Path, ranks: Ranks, directory: str) -> None:
+    """Where events tell of saves, but there is no checkpoint, which may be elsewhere: keep what the
+    run has written so far. Every rank must call it, for nodes may have disks of their own."""
+    if folder := ranks.on_first(lambda: _folder_for_history(output, directory)):
+        (output / folder).mkdir(exist_ok=True)
+        for name in HISTORY:
+            with suppress(FileNotFoundError):  # or a rank with the same disk was sooner
+                (output / name).rename(output / folder / name)
+        ranks.any(False)  # a barrier: nobody may have begun new files before
+
+
+def _folder_for_history(output: Path, directory: str) -> str | None:
+    """A new folder in `output`, where there is something to keep."""
+    saved = None
+    for event in events.read(output):
+        if event["kind"] in ("save", "anew"):
+            saved = event["step"]
+    if saved is None:
+        return None
+    number = 1
+    while (output / f"before{number}").exists():
+        number += 1
+    folder = f"before{number}"
+    (output / folder).mkdir()
+    logger.warning(
+        "events.jsonl tells of a save after step %s, but %s has no checkpoint: beginning anew, and "
+        "keeping metrics and ledger so far in %s; if that is wrong, stop, set "
+        "checkpoint.directory, and move them back",
+        *(saved, directory, output / folder),
+    )
+    events.write("anew", kept_in=folder)
+    return folder
 
 
 def describe(output: Path, config: Config, degrees: Mapping[str, int]) -> None:

@@ -170,8 +170,6 @@ def prepare(config: Config) -> "Run":
     if checkpointer.storage.is_local:  # other runs may use it from another run.output_dir
         lock.take(Path(checkpointer.storage.root), "checkpoint.directory")
     resume_from = checkpointer.history.find()
-    if resume_from is None:
-        run_dir.warn_of_lost_saves(output, checkpointer.storage.root)
     # Before the model, which may take minutes: mistakes in [data] are the most frequent.
     reader, readers = mesh.batch.get_local_rank(), mesh.batch.size()
     loader = build_loader(config, parts.tokenizer, parts.images, reader, readers)
@@ -200,6 +198,8 @@ def prepare(config: Config) -> "Run":
     place_experts(run)
     # Last, for a run that is refused must not change the one it met.
     checkpointer.history.go_back()
+    if resume_from is None:
+        run_dir.begin_anew(output, checkpointer.ranks, checkpointer.storage.root)
     open_ledger(run)
     run_dir.describe(output, config, plan.degrees)
     launched.set_up()

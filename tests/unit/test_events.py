@@ -5,7 +5,6 @@ import errno
 import json
 import logging
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -15,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.small_run import run
+from tests.small_run import curve, run, run_killed
 from titan_vlm import events, lock, logs, run_dir
+from titan_vlm.data.ledger import read_ledger
 from titan_vlm.training.metrics import Board
 
 SHORT = {"training__steps": "2", "checkpoint__export_hf": "false", "checkpoint__every": "0"}
@@ -251,12 +251,35 @@ time.sleep(60)
 """
 
 
-def test_a_run_that_begins_anew_beside_its_history_says_so(tmp_path, caplog):
-    assert run(tmp_path, **SHORT) == 0
-    assert "beginning anew" not in caplog.text
-    shutil.rmtree(tmp_path / "checkpoints")
-    assert run(tmp_path, **SHORT) == 0
-    assert "tells of a save after step 2, but" in (tmp_path / "logs" / "rank0.log").read_text()
+def test_a_run_that_begins_anew_beside_its_history_says_so_and_keeps_it(world, tmp_path):
+    """Its folder of checkpoints may be mistyped or not be mounted."""
+    assert world.run(2, run_with_ledger, tmp_path, "2") == [0, 0]
+    log = tmp_path / "logs" / "rank0.log"
+    assert "beginning anew" not in log.read_text()
+    files = ("metrics.jsonl", "moe.jsonl", "ledger/reader0.jsonl", "ledger/reader1.jsonl")
+    before = [(tmp_path / name).read_text() for name in files]
+    assert all(before)
+    (tmp_path / "checkpoints").rename(tmp_path / "lost")
+
+    assert world.run(2, run_with_ledger, tmp_path, "2", "7") == [2, 2]  # refused for its data
+    assert [(tmp_path / name).read_text() for name in files] == before
+    assert world.run(2, run_killed_with_ledger, tmp_path) == [None, None]
+    assert "tells of a save after step 2, but" in log.read_text()
+    assert [(tmp_path / "before1" / name).read_text() for name in files] == before
+    assert world.run(2, run_with_ledger, tmp_path, "3") == [0, 0]  # nothing was saved in between
+    assert not (tmp_path / "before2").exists() and log.read_text().count("beginning anew") == 1
+    assert list(read_ledger(tmp_path)) == [1, 2, 3] == [step for step, *_ in curve(tmp_path)]
+
+
+WITH_LEDGER = SHORT | {"data__ledger": "true"}
+
+
+def run_with_ledger(output, steps, shards="4"):
+    return run(output, **WITH_LEDGER | {"training__steps": steps, "data__virtual_shards": shards})
+
+
+def run_killed_with_ledger(output):
+    return run_killed(output, 1, **WITH_LEDGER)
 
 
 def test_a_full_disk_costs_tensorboard_and_not_the_run(caplog):
