@@ -32,7 +32,8 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on where this one ended
 REPEAT_S = 1.0  # a signal may come twice: from the launcher, and from who signalled all processes
 PR_SET_PDEATHSIG = 1  # of prctl(2)
-FOLDER, BEGAN = "TITAN_LAUNCH_FOLDER", "TITAN_LAUNCH_TIME"  # environment variables
+# Environment variables.
+FOLDER, BEGAN, LAUNCHER = "TITAN_LAUNCH_FOLDER", "TITAN_LAUNCH_TIME", "TITAN_LAUNCH_PID"
 
 
 # ---------------------------------------------------------------------------- in a trainer
@@ -49,6 +50,8 @@ def end_with_launcher() -> None:
     """
     if _folder() and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+        if os.getppid() != int(os.environ[LAUNCHER]):  # gone before, while this one imported
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def begin() -> int:
@@ -147,6 +150,7 @@ class Workers:
 
     def __enter__(self) -> "Workers":
         os.environ |= {FOLDER: str(self._folder), BEGAN: str(time.time())}
+        os.environ[LAUNCHER] = str(os.getpid())  # torchrun's main runs here and starts trainers
         for number in _signals():
             signal.signal(number, self._receive)
         signal.signal(signal.SIGALRM, lambda *_: self._give_up())

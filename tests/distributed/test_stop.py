@@ -241,12 +241,16 @@ def wait_for(condition, script, seconds=120):
 
 
 @pytest.mark.slow
-def test_ranks_do_not_train_on_without_their_launcher(tmp_path):
+@pytest.mark.parametrize("when", ["while they train", "while they import"])
+def test_ranks_do_not_train_on_without_their_launcher(tmp_path, when):
     output = tmp_path / "run"
     script = start(words(output, CHANGES | {"training__steps": "1000"}), {"NGPU": "2"})
     try:
-        wait_for(lambda: (output / "metrics.jsonl").exists() and curve(output), script)
-        workers = children(script.pid)
+        if when == "while they train":
+            wait_for(lambda: (output / "metrics.jsonl").exists() and curve(output), script)
+        else:
+            wait_for(lambda: len(trainers(script.pid)) == 2, script)
+        workers = trainers(script.pid)
         kill(script.pid)
         script.wait()
         until = time.monotonic() + 60
@@ -258,7 +262,20 @@ def test_ranks_do_not_train_on_without_their_launcher(tmp_path):
         for worker in workers:
             kill(worker)
     told = [event["kind"] for event in events.read(output)]
-    assert told == ["start", "signal", "save", "stop"]
+    saved = ["save"] if when == "while they train" else []
+    assert told == ["start", "signal", *saved, "stop"]
+
+
+def trainers(pid):
+    """Of the children of run_train.sh, which first asks other processes."""
+    return [child for child in children(pid) if b"titan_vlm.train" in command(child)]
+
+
+def command(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # it has just ended
+        return b""
 
 
 def is_running(pid):

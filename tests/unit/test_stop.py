@@ -150,6 +150,30 @@ def test_a_second_signal_ends_a_process_whose_main_thread_is_stuck_in_c():
         assert process.wait(20) == 128 + signal.SIGUSR1
 
 
+ORPHAN = """
+from titan_vlm.training.stop import Stop
+import time
+with Stop() as stop:
+    time.sleep(0.5)
+    print(stop.agreed(0), stop.reason, flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system tells of a parent's death on Linux")
+@pytest.mark.parametrize("is_gone", [False, True])
+def test_a_trainer_whose_launcher_died_while_it_imported_ends(tmp_path, monkeypatch, is_gone):
+    monkeypatch.setenv(launched.FOLDER, str(tmp_path))
+    launcher = os.getpid()
+    if is_gone:
+        with python("-c", "") as process:
+            process.wait()
+            launcher = process.pid
+    monkeypatch.setenv(launched.LAUNCHER, str(launcher))
+    with python("-c", ORPHAN) as process:
+        assert process.stdout.read() == ("True SIGTERM\n" if is_gone else "False \n")
+        assert process.wait(60) == 0
+
+
 def test_a_ctrl_c_that_the_shell_has_turned_off_stays_off():
     """As of a script's background processes, and under nohup."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
