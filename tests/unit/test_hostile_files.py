@@ -146,6 +146,22 @@ def test_damage_in_the_middle_is_not_taken_for_the_end(tmp_path):
         source[1]
 
 
+@pytest.mark.parametrize("hole", [512, 1024, 3 * 2**20])
+def test_zeros_in_the_middle_are_not_taken_for_the_end(tmp_path, hole):
+    first, second = archive(*SAMPLE), archive(("8.png", PNG), ("8.txt", b"Another."))
+    at = (len(first.rstrip(b"\0")) + 511) // 512 * 512
+    path = tmp_path / "0.tar"
+    path.write_bytes(first[:at] + bytes(hole) + second)
+    with bounds(1.0, 4):
+        source = WebDatasetSource(str(path), "What?")
+    assert len(source) == 2 and source[0].meta["answer"] == "A caption."
+    said = f"0.tar: zeros at byte {at} and more at byte {at + hole}: a hole.*; what follows is lost"
+    with pytest.raises(DataError, match=said):
+        source[1]
+    path.write_bytes(first[:at] + bytes(hole))
+    assert len(WebDatasetSource(str(path), "What?")) == 1  # they are the end, however many
+
+
 def test_members_and_captions_of_any_size_are_not_read(tmp_path):
     path = tmp_path / "0.tar"
     path.write_bytes(archive(("7.png", PNG + bytes(9000)), ("7.txt", b"x"), ("8.png", PNG)))

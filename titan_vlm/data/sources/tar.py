@@ -13,11 +13,13 @@ Formats: v7, ustar, pax (path and size), GNU (long names).
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import BinaryIO
 
 from titan_vlm.errors import DataError
 
 BLOCK = 512
+PIECE = 2**20  # of what is behind the end
 MAX_NAME_BYTES = 2**16  # of a header that only holds the name of the next
 FILES = (b"0", b"\0", b"7")
 NO_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes
@@ -47,6 +49,7 @@ def members(path: str) -> Iterator[Member]:
             file.seek(offset)
             header = file.read(BLOCK)
             if not header.strip(b"\0"):
+                check_end(file, offset)
                 return
             kind, size = header[156:157], parse_header(header, offset)
             data = offset + BLOCK
@@ -69,6 +72,20 @@ def members(path: str) -> Iterator[Member]:
                 if kind not in ABOUT_OTHERS:
                     told = {}
             offset = following
+
+
+def check_end(file: BinaryIO, offset: int) -> None:
+    """Zeros end an archive only where nothing but zeros follows: else they are a hole in it, as a
+    copy leaves that was cut off."""
+    at = file.tell()
+    for piece in iter(partial(file.read, PIECE), b""):
+        if rest := piece.lstrip(b"\0"):
+            at += len(piece) - len(rest)
+            raise DataError(
+                f"zeros at byte {offset} and more at byte {at}: a hole, or archives one after the "
+                "other, which tar --concatenate would join"
+            )
+        at += len(piece)
 
 
 def parse_header(header: bytes, offset: int) -> int:

@@ -4,7 +4,7 @@
 
 One pass over the members' headers when opened notes where picture and caption lie; both are read
 from there at random later. So shards must be plain tar, not compressed. What lies behind a damaged
-header cannot be found: it counts as one bad sample at the end of its shard.
+header or a hole cannot be found: it counts as one bad sample at the end of its shard.
 """
 
 import json
