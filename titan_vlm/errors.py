@@ -36,3 +36,8 @@ class NumericsError(UserError):
 
 class CheckpointError(UserError):
     """Checkpoints that cannot be written any more, so that training on would be lost."""
+
+
+class ReadError(OSError):
+    """Storage still fails after it was tried again: no fault of a sample, nor of the user. The
+    trainer tells it to all ranks as a DataError."""

@@ -251,6 +251,32 @@ def test_other_answers_are_refused(server):
             get(server.url(path))
 
 
+def test_a_failure_that_passes_is_tried_again_within_the_time_and_others_are_not(server):
+    def failing(times):
+        left = iter([503, None][:times])
+
+        def answer(handler):
+            status = next(left, 200)
+            return handler.send(status, b"there") if status else handler.connection.close()
+
+        return answer
+
+    for times in (1, 2):  # a status of 503; then also a connection that is cut
+        server.answers["/"] = failing(times)
+        server.asked.clear()
+        assert get(server.url("/")) == b"there" and len(server.asked) == times + 1
+    server.answers["/"] = lambda h: h.send(503)
+    server.asked.clear()
+    with pytest.raises(DataError, match="status 503"):
+        get(server.url("/"))
+    assert len(server.asked) == 3
+    server.answers["/"] = lambda h: h.send(404)
+    server.asked.clear()
+    with pytest.raises(DataError, match="status 404"):
+        get(server.url("/"))
+    assert len(server.asked) == 1
+
+
 def test_nothing_is_fetched_unless_it_is_allowed(server, monkeypatch):
     content = [{"type": "image_url", "image_url": {"url": server.url("/", "127.0.0.1")}}]
     messages = [{"role": "user", "content": content}]

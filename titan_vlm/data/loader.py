@@ -31,7 +31,7 @@ from titan_vlm.data.mixture import Mixture, build_mixture
 from titan_vlm.data.packing import Counts, Shard
 from titan_vlm.data.rows import Row, make_row
 from titan_vlm.data.workers import shield
-from titan_vlm.errors import ConfigError, DataError
+from titan_vlm.errors import ConfigError, DataError, ReadError
 
 SHARDS = "shards"  # marks our part of a snapshot, wherever torchdata keeps it
 MAX_REASONS = 3  # examples that an error shows of what is bad
@@ -78,7 +78,7 @@ class RowLoader:
         if self.iterator is None:
             self._start()
         row = next(self.iterator)
-        if isinstance(row, DataError):
+        if isinstance(row, DataError | ReadError):
             raise row
         self.rows.consumed += self.rows.ranks
         self.counts_of = [a + b for a, b in zip(self.counts_of, row.counts_of, strict=True)]
@@ -118,16 +118,15 @@ class RowLoader:
             SHARDS: shards,
         }
 
-    def load_state_dict(self, state: dict) -> None:
-        """Takes a state of any number of ranks and workers; the next row follows its last."""
+    def load_state_dict(self, state: dict) -> list[Counts]:
+        """Takes a state of any number of ranks and workers; the next row follows its last. Returns
+        the counts of the whole run, by source."""
         self.close()
         self.rows.restore(state)
-        shards = [saved_counts(shard) for shard in self.rows.initial.values()]
-        self.counts_of = [
-            sum((shard[k] for shard in shards), Counts()) for k in range(len(self.counts_of))
-        ]
+        self.counts_of = total_counts(self.rows.initial, len(self.counts_of))
         self.ended = 0
         self.reasons.clear()
+        return total_counts(state[SHARDS], len(self.counts_of))
 
     def close(self) -> None:
         """Ends the workers."""
@@ -228,10 +227,10 @@ class RowIterator:
     def __iter__(self) -> "RowIterator":
         return self
 
-    def __next__(self) -> Row | DataError:
+    def __next__(self) -> Row | DataError | ReadError:
         try:
             return self._next_row()
-        except DataError as error:
+        except (DataError, ReadError) as error:
             return error  # for RowLoader to raise: a worker would wrap it in its own traceback
 
     def _next_row(self) -> Row:
@@ -270,6 +269,12 @@ class RowIterator:
 def saved_counts(shard: dict) -> list[Counts]:
     """By source, from the state of a shard."""
     return [Counts(*counts) for counts in shard["counts"]]
+
+
+def total_counts(shards: dict[int, dict], sources: int) -> list[Counts]:
+    """By source, of the states of shards together."""
+    counts = [saved_counts(shard) for shard in shards.values()]
+    return [sum((shard[k] for shard in counts), Counts()) for k in range(sources)]
 
 
 def merge_states(states: list[dict]) -> dict:
@@ -312,5 +317,5 @@ def check_shards(virtual_shards: int, ranks: int, num_workers: int) -> None:
     )
 
 
-def as_is(row: Row | DataError) -> Row | DataError:
+def as_is(row: Row | DataError | ReadError) -> Row | DataError | ReadError:
     return row

@@ -19,12 +19,18 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from urllib.parse import SplitResult, urljoin, urlsplit
 
+from titan_vlm.data.reading import passes
 from titan_vlm.errors import DataError
 
 MAX_REDIRECTS = 5
+PAUSES_S = (0.1, 1.0)  # before a failure that may pass is tried again
 REDIRECTS = (301, 302, 303, 307, 308)
 PIECE = 2**16
 PORTS = {"http": 80, "https": 443}
+
+
+class Unavailable(DataError):
+    """The server says that it cannot answer now."""
 
 
 def is_public(address: str) -> bool:
@@ -63,18 +69,31 @@ def fetch(
         DataError: a URL, address, status, size or time that is not accepted; begins with the URL.
     """
     deadline = time.monotonic() + timeout_s
-    here = url
-    try:
-        for _ in range(MAX_REDIRECTS + 1):
-            body, location = get(here, max_bytes, deadline, allowed, resolve)
-            if body is not None:
-                return body
-            here = urljoin(here, location)
-        raise DataError(f"more than {MAX_REDIRECTS} redirects")
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        late = time.monotonic() >= deadline and not isinstance(error, DataError)
-        reason = f"not there within data.remote_timeout_s = {timeout_s}" if late else error
-        raise DataError(f"{url:.200}: {reason or type(error).__name__}") from error
+    for pause in (*PAUSES_S, None):
+        try:
+            return follow(url, max_bytes, deadline, allowed, resolve)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            left = deadline - time.monotonic()
+            if pause is None or left <= pause or not may_pass(error):
+                late = left <= 0 and not isinstance(error, DataError)
+                reason = f"not there within data.remote_timeout_s = {timeout_s}" if late else error
+                raise DataError(f"{url:.200}: {reason or type(error).__name__}") from error
+        time.sleep(pause)
+
+
+def may_pass(error: Exception) -> bool:
+    if isinstance(error, socket.gaierror):
+        return error.errno == socket.EAI_AGAIN
+    return isinstance(error, ConnectionError | Unavailable) or passes(error)
+
+
+def follow(url: str, max_bytes: int, deadline: float, allowed, resolve) -> bytes:
+    for _ in range(MAX_REDIRECTS + 1):
+        body, location = get(url, max_bytes, deadline, allowed, resolve)
+        if body is not None:
+            return body
+        url = urljoin(url, location)
+    raise DataError(f"more than {MAX_REDIRECTS} redirects")
 
 
 def get(url: str, max_bytes: int, deadline: float, allowed, resolve) -> tuple[bytes | None, str]:
@@ -95,6 +114,8 @@ def get(url: str, max_bytes: int, deadline: float, allowed, resolve) -> tuple[by
         answer = connection.getresponse()
         if answer.status in REDIRECTS:
             return None, answer.getheader("Location") or ""
+        if answer.status >= 500:
+            raise Unavailable(f"status {answer.status}")
         if answer.status != 200:
             raise DataError(f"status {answer.status}")
         if answer.getheader("Content-Encoding", "identity") != "identity":

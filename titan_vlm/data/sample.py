@@ -29,8 +29,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from titan_vlm.data.limits import DEFAULT, Limits
+from titan_vlm.data.reading import patiently
 from titan_vlm.data.remote import fetch
-from titan_vlm.errors import DataError
+from titan_vlm.errors import DataError, ReadError
 
 ORIENTATION_TAG = 0x0112  # EXIF
 TURNED = (5, 6, 7, 8)  # its values that swap width and height
@@ -51,33 +52,39 @@ class ImageRef:
         """(width, height) as displayed, without decoding pixels."""
         if self.size is None:
             try:
-                with self.open() as image:
-                    width, height = image.size
-                    if min(width, height) <= 0:
-                        raise DataError(f"{width} x {height}: no pixels")
-                    # Pillow has turned the size of a TIFF itself.
-                    turned = image.format not in (None, "TIFF") and (
-                        image.getexif().get(ORIENTATION_TAG) in TURNED
-                    )
+                self.size = patiently(self._read_size, self.name)
             except Exception as error:  # image decoders raise nearly every type there is
                 raise_machine_trouble(error)
                 raise DataError(f"{self.name}: cannot be read as an image: {error}") from error
-            self.size = (height, width) if turned else (width, height)
         return self.size
+
+    def _read_size(self) -> tuple[int, int]:
+        with self.open() as image:
+            width, height = image.size
+            if min(width, height) <= 0:
+                raise DataError(f"{width} x {height}: no pixels")
+            # Pillow has turned the size of a TIFF itself.
+            turned = image.format not in (None, "TIFF") and (
+                image.getexif().get(ORIENTATION_TAG) in TURNED
+            )
+        return (height, width) if turned else (width, height)
 
     def load_rgb(self) -> Image.Image:
         """Decoded, upright, in RGB with transparency over white (as transformers does it)."""
         try:
-            image = self.open()
-            if image.format in ("JPEG", "MPO") and image.fp is not None:  # None: decoded already
-                check_scans(image)
-            image.load()
-            if image.format is not None:  # from a file: cameras store pictures turned
-                image = ImageOps.exif_transpose(image)
-            return to_rgb(image)
+            return patiently(self._load, self.name)
         except Exception as error:  # image decoders raise nearly every type there is
             raise_machine_trouble(error)
             raise DataError(f"{self.name}: broken image: {error}") from error
+
+    def _load(self) -> Image.Image:
+        image = self.open()
+        if image.format in ("JPEG", "MPO") and image.fp is not None:  # None: decoded already
+            check_scans(image)
+        image.load()
+        if image.format is not None:  # from a file: cameras store pictures turned
+            image = ImageOps.exif_transpose(image)
+        return to_rgb(image)
 
 
 @dataclass
@@ -102,9 +109,10 @@ class RawSample:
 
 
 def raise_machine_trouble(error: Exception) -> None:
-    """Raise what is no fault of the sample: out of memory or of file descriptors."""
+    """Raise what is no fault of the sample: out of memory or of file descriptors, or storage that
+    fails."""
     machine = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-    if isinstance(error, MemoryError) or getattr(error, "errno", None) in machine:
+    if isinstance(error, MemoryError | ReadError) or getattr(error, "errno", None) in machine:
         raise error
 
 

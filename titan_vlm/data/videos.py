@@ -18,6 +18,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from titan_vlm.data.images import MAX_ASPECT_RATIO, MEAN, STD, VisualSpec, byte_patches
+from titan_vlm.data.reading import surely
 from titan_vlm.data.sample import VideoRef, raise_machine_trouble, to_rgb
 from titan_vlm.errors import DataError
 
@@ -124,6 +126,10 @@ def video_header(video: VideoRef, spec: VisualSpec) -> tuple[int, float, int, in
         if not video.frames:
             raise DataError(f"{video.name}: a video without frames")
         return len(video.frames), video.fps or spec.video_fps, *video.frames[0].header_size()
+    return surely(partial(file_header, video), video.path)
+
+
+def file_header(video: VideoRef) -> tuple[int, float, int, int]:
     av = import_av()
     try:
         with open_video(av, video) as container:
@@ -164,6 +170,13 @@ def load_frames(
 ) -> np.ndarray:
     """uint8 [T, H, W, 3] of the wanted frames, in order; each resized to `size` (height, width)
     when it is decoded, so that no more than one is held as it was."""
+    read = partial(read_frames, video, indices, size)
+    return surely(read, video.path) if video.path else read()
+
+
+def read_frames(
+    video: VideoRef, indices: list[int], size: tuple[int, int] | None = None
+) -> np.ndarray:
     if video.path:
         images = decode_frames(video, indices)
     else:

@@ -14,6 +14,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from titan_vlm.data.limits import DEFAULT, Limits
+from titan_vlm.data.reading import patiently
 from titan_vlm.errors import ConfigError, DataError
 
 # Before a record; some editors begin a file with a byte order mark.
@@ -39,10 +40,18 @@ def find_files(path: str, suffixes: tuple[str, ...], kind: str) -> list[str]:
 
 
 def read_slice(path: str, offset: int, length: int) -> bytes:
-    """`length` bytes of a file from `offset` on."""
-    with open(path, "rb") as file:
-        file.seek(offset)
-        return file.read(length)
+    """`length` bytes of a file from `offset` on.
+
+    Raises:
+        ReadError: storage fails, though it was tried again.
+    """
+
+    def read() -> bytes:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            return file.read(length)
+
+    return patiently(read, path)
 
 
 class JsonlFile:

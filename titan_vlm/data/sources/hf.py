@@ -9,6 +9,7 @@ import re
 from functools import partial
 
 from titan_vlm.data.limits import limits
+from titan_vlm.data.reading import patiently
 from titan_vlm.data.sample import (
     ImageRef,
     RawSample,
@@ -65,7 +66,7 @@ class HfSource:
 
     def _row(self, number: int) -> dict:
         try:
-            return self.rows[number]
+            return patiently(lambda: self.rows[number], self.path)
         except (OSError, ValueError) as error:  # Arrow's errors are of these kinds, too
             raise_machine_trouble(error)
             raise DataError(f"unreadable row: {error}") from error
