@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from titan_vlm.errors import ConfigError
 from titan_vlm.models.moe.config import conflicts as moe_conflicts
 
 if TYPE_CHECKING:
@@ -119,8 +120,6 @@ def mixture_conflicts(data: "Data") -> Iterator[str]:
         if not table.name or table.name in names[:k]:
             other = "" if table.name else "; metrics and the ledger call the source by it"
             yield f'{key}.name: expected a name of its own, got "{table.name}"{other}'
-        if {":", "/"} & set(table.name):  # they divide the ids of samples and the names of metrics
-            yield f'{key}.name: expected a name without ":" and "/", got "{table.name}"'
         yield from path_conflicts(key, table)
         if weighted and not table.weight:
             yield (
@@ -132,6 +131,20 @@ def mixture_conflicts(data: "Data") -> Iterator[str]:
             "data.mixture_temperature: expected 1 where data.sources have weights, got "
             f"{data.mixture_temperature}; it makes weights of numbers of samples"
         )
+
+
+def check_new(config: "Config") -> None:
+    """Refuses what only a run that begins may not have: one that has begun with it goes on.
+
+    Raises:
+        ConfigError: a source's name.
+    """
+    for k, table in enumerate(config.data.sources):
+        if {":", "/"} & set(table.name):  # they divide the ids of samples and the names of metrics
+            raise ConfigError(
+                f'data.sources[{k}].name: expected a name without ":" and "/" for a new run, got '
+                f'"{table.name}"'
+            )
 
 
 def path_conflicts(key: str, samples: "Samples") -> Iterator[str]:

@@ -1,8 +1,13 @@
-"""Which device this process uses, the process group it joins, and sums over ranks."""
+"""Which device this process uses, the process group it joins, sums over ranks, and what all ranks
+must agree on."""
 
 import logging
 import os
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,7 +16,7 @@ from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 
 from titan_vlm.config import Comm
-from titan_vlm.errors import ConfigError
+from titan_vlm.errors import ConfigError, DataError, ReadError, UserError
 
 # An expert's weights, sharded twice, are gathered in two steps when they are saved: as intended.
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
@@ -82,3 +87,67 @@ def sum_over(view: DeviceMesh | None, value: Tensor) -> Tensor:
     if view is not None and view.size() > 1:
         dist.all_reduce(value, group=view.get_group())
     return value
+
+
+# ---------------------------------------------------------------------------- agreement
+
+
+def tell_all(error: Exception | None) -> None:
+    """Raise on every rank what any of them has met; all call this, with None where all is well.
+
+    Raises:
+        UserError: on a rank with an error that one, on the others the text of the first that has
+            one, of its kind; a DataError for what is no UserError.
+    """
+    found: list[Exception | None] = [error]
+    if _size() > 1:
+        found = [None] * _size()
+        dist.all_gather_object(found, error)
+    if error is not None:
+        raise error if isinstance(error, UserError) else DataError(str(error)) from error
+    for k, theirs in enumerate(found):
+        if theirs is not None:
+            kind = type(theirs) if isinstance(theirs, UserError) else DataError
+            raise kind(f"rank {k}: {theirs}")
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Around what every rank does by itself, without exchanges: where one of them fails, all do.
+    Exchanges 4 bytes."""
+    error = None
+    try:
+        yield
+    except (UserError, ReadError) as caught:
+        error = caught
+    failed = torch.tensor([error is not None], dtype=torch.int32)
+    if _size() > 1:
+        dist.all_reduce(failed, dist.ReduceOp.MAX)
+    if failed:
+        tell_all(error)
+
+
+def check_alike(facts: Mapping[str, Any]) -> None:
+    """Refuse, on all ranks, facts that are not the same on all of them.
+
+    Raises:
+        ConfigError: names the first of them, and the ranks and hosts that differ from rank 0.
+    """
+    if _size() == 1:
+        return
+    found: list[Any] = [None] * _size()
+    dist.all_gather_object(found, (platform.node(), dict(facts)))
+    for key in dict.fromkeys(key for _, each in found for key in each):
+        first = found[0][1].get(key)
+        others = [k for k, (_, each) in enumerate(found) if each.get(key) != first]
+        if others:
+            host, theirs = found[others[0]]
+            raise ConfigError(
+                f"{key} = {first} on rank 0 ({found[0][0]}), but {theirs.get(key)} on rank "
+                f"{', '.join(map(str, others))} ({host}): give every rank the same files and "
+                "settings"
+            )
+
+
+def _size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1

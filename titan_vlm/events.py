@@ -12,7 +12,7 @@
     signal      signal                     the ranks have agreed to stop for it
     stop        reason, signal or error    it ended: finished, signal, max_hours, error or, before
                                            it began, refused; with saved = false by a second signal
-    source_end  source                     this source of a mixture is through its epochs
+    source_end  source                     this source of a mixture is read to its end
     skip, spike, rollback, failed_save, damaged      by checkpoint and guards
 
 Rank 0 writes, the others' calls do nothing, and so do those outside a run. The file is only ever

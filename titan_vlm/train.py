@@ -23,7 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from titan_vlm import distributed, events, launched, lock, run_dir
 from titan_vlm.assembly import Parts, assemble, build_model, export, fill
 from titan_vlm.config import Config, config_from_args, config_to_toml
-from titan_vlm.data.chat import Encoder
+from titan_vlm.conflicts import check_new
 from titan_vlm.data.ledger import Ledger
 from titan_vlm.data.loader import MAX_REASONS, RowLoader, build_loader, merge_states
 from titan_vlm.data.packing import Counts
@@ -41,7 +41,7 @@ from titan_vlm.parallelize import make_plan, parallelize
 from titan_vlm.training import routing
 from titan_vlm.training.by_source import BySource
 from titan_vlm.training.checkpoint import Checkpointer
-from titan_vlm.training.guards import Guard, Signals, read_signals
+from titan_vlm.training.guards import Guard, Signals, have_same_rows, read_signals
 from titan_vlm.training.loss import chunked_cross_entropy
 from titan_vlm.training.memory import MemoryReport, OutOfMemory
 from titan_vlm.training.metrics import MetricsLogger
@@ -85,8 +85,6 @@ def main(argv: list[str]) -> int:
 def train(config: Config, watch: Watch, stop: Stop, memory: MemoryReport) -> None:
     """Train as `config` says, from wherever `run.output_dir` left off."""
     run = memory.run = prepare(config)
-    encoder = Encoder(run.parts.tokenizer, run.parts.images)
-    validator = Validator(config, encoder) if has_held_out_data(config) else None
     metrics = MetricsLogger(
         run.output,
         config.metrics,
@@ -101,7 +99,7 @@ def train(config: Config, watch: Watch, stop: Stop, memory: MemoryReport) -> Non
     if run.step >= config.training.steps:
         logger.info("this run is finished: step %d of %d", run.step, config.training.steps)
     try:
-        train_steps(run, metrics, validator, watch, stop)
+        train_steps(run, metrics, watch, stop)
     except (DataError, NumericsError):  # of all ranks; what is being written becomes a checkpoint
         run.checkpointer.settle()
         raise
@@ -122,11 +120,9 @@ def train(config: Config, watch: Watch, stop: Stop, memory: MemoryReport) -> Non
     events.write("stop", step=run.step, **stop.outcome())
 
 
-def train_steps(
-    run: "Run", metrics: MetricsLogger, validator: Validator | None, watch: Watch, stop: Stop
-) -> None:
+def train_steps(run: "Run", metrics: MetricsLogger, watch: Watch, stop: Stop) -> None:
     """Until the last step, or the one after which the ranks have agreed to stop."""
-    config = run.config
+    config, validator = run.config, run.validator
     while run.step < config.training.steps and not stop.agreed(run.step):
         watch.step = run.step + 1
         try:
@@ -172,7 +168,14 @@ def prepare(config: Config) -> "Run":
     resume_from = checkpointer.history.find()
     # Before the model, which may take minutes: mistakes in [data] are the most frequent.
     reader, readers = mesh.batch.get_local_rank(), mesh.batch.size()
-    loader = build_loader(config, parts.tokenizer, parts.images, reader, readers)
+    validator = None
+    with distributed.together():
+        if resume_from is None:
+            check_new(config)
+        loader = build_loader(config, parts.tokenizer, parts.images, reader, readers)
+        if has_held_out_data(config):
+            validator = Validator(config, loader.rows.encoder)
+    distributed.check_alike(loader.rows.sequence | (validator.facts if validator else {}))
     whole = build_model(parts, config)
     freeze_parameters(whole, config.training.freeze)
     width = parts.dims.text.hidden_size
@@ -193,6 +196,7 @@ def prepare(config: Config) -> "Run":
         routing.all_layers(whole),
         BySource(loader.rows.mixture, device),
         Guard(config.guards, events.write),
+        validator,
     )
     resume(run, resume_from)
     place_experts(run)
@@ -223,6 +227,7 @@ class Run:
     moe_layers: routing.Layers
     sources: BySource
     guard: Guard
+    validator: Validator | None  # where there are held-out data
     ledger: Ledger | None = None
     step: int = 0
     # Samples left out since the run began, by reason.
@@ -238,7 +243,9 @@ def train_step(run: Run, metrics: MetricsLogger) -> None:
     rates = set_learning_rates(run.optimizer, run.step, run.config.schedule, config.steps)
 
     with metrics.waiting_for_data():
-        rows = run.guard.take(run.loader, config.global_batch_size // run.mesh.batch.size())
+        count = config.global_batch_size // run.mesh.batch.size()
+        rows, error = run.guard.try_to_take(run.loader, count)
+        alike = have_same_rows(rows, run.mesh)
     micro = config.micro_batch_size
     moment = Moment(
         run.config.run.seed,
@@ -250,7 +257,7 @@ def train_step(run: Run, metrics: MetricsLogger) -> None:
         collate(rows[i * micro : (i + 1) * micro], replace(moment, micro_batch=i))
         for i in range(moment.micro_batches)
     ]
-    counts = global_counts(run, batches)
+    counts = global_counts(run, batches, error, alike)
 
     counted = routing.counted(run.model)
     loss = forward_backward(run, batches, counts["targets"])
@@ -273,9 +280,16 @@ def train_step(run: Run, metrics: MetricsLogger) -> None:
     report_step(run, metrics, counts, signals, rates, good)
 
 
-def global_counts(run: Run, batches: list[Batch]) -> dict[str, float]:
+def global_counts(
+    run: Run, batches: list[Batch], error: Exception | None, alike: bool
+) -> dict[str, float]:
     """What the global batch holds, summed over the ranks on the host; updates `run.skipped` and
-    `run.sources`."""
+    `run.sources`.
+
+    Raises:
+        DataError: on all ranks, where any of them has an `error` of reading, where ranks that share
+            rows have not read them `alike`, or too many are bad.
+    """
     spec, dims = run.parts.spec, run.parts.dims
     counts = {
         "targets": sum(int(b.num_targets) for b in batches),
@@ -287,9 +301,17 @@ def global_counts(run: Run, batches: list[Batch]) -> dict[str, float]:
     }
     so_far = [x for source in run.loader.counts_of for x in source.as_list()]
     more = run.loader.ended < sum(len(b.tokens_BS) for b in batches)
-    values = torch.tensor([*counts.values(), more, *so_far], dtype=torch.float64)
+    stuck = error is not None or not alike
+    values = torch.tensor([*counts.values(), more, stuck, *so_far], dtype=torch.float64)
     values = distributed.sum_over(run.mesh.batch, values).tolist()
-    run.sources.set_counts(run.step, values[len(counts) + 1 :])
+    if values[len(counts) + 1]:
+        distributed.tell_all(error)
+        raise DataError(
+            f"step {run.step + 1}: ranks along parallelism.tp and pp have read different rows, for "
+            "something could be read by some of them alone (skipped samples in logs/rank*.log); "
+            "mend that, the same command goes on from the newest checkpoint"
+        )
+    run.sources.set_counts(run.step + 1, values[len(counts) + 2 :])
     total = sum(run.sources.counts, Counts())
     run.skipped = {name: getattr(total, name) for name in run.skipped}
     check_bad(run, total)
@@ -407,7 +429,8 @@ def resume(run: Run, step: int | None) -> None:
     if any(name.endswith("slots_E") for name in run.checkpointer.saved(step)):
         placement.register(run.model)  # experts have moved
     ranks = run.checkpointer.load(step, run.model, run.optimizer)
-    run.loader.load_state_dict(merge_states([rank["loader"] for rank in ranks]))
+    merged = merge_states([rank["loader"] for rank in ranks])
+    run.sources.counts = run.loader.load_state_dict(merged)
     if run.mesh.tokens.get_local_rank() == 0:  # the counters of all are summed when reported
         for rank in ranks:
             routing.add_counters(run.model, rank["routing"])

@@ -1,15 +1,20 @@
 """The ledger: what each step consumed, whoever read it and however often it broke off."""
 
 import json
+from unittest.mock import patch
 
 import pytest
+import torch
 
 from tests.small_run import curve, run, run_killed
 from tests.unit.test_data_mixture import talks
 from titan_vlm import events
 from titan_vlm.data.ledger import Ledger, name_samples, read_ledger, sample_ids
+from titan_vlm.data.mixture import Member, Mixture
+from titan_vlm.data.packing import Counts
 from titan_vlm.data.rows import Row
 from titan_vlm.errors import DataError
+from titan_vlm.training.by_source import BySource
 
 
 def row(*ids, skipped=()):
@@ -211,13 +216,49 @@ def test_a_run_whose_epochs_are_read_ends_saved_and_goes_on_with_more(tmp_path, 
 
 
 def test_a_source_that_is_read_to_its_end_is_told_once(tmp_path, mixed):
-    sources = mixed["data__sources"].replace('"b"', '"b", epochs = 1')
-    assert run(tmp_path, **mixed | {"data__sources": sources, "training__steps": "9"}) == 0
+    sources = mixed["data__sources"].replace('"b"', '"b", epochs = 4')
+    settings = mixed | {"data__sources": sources}
+    assert run(tmp_path, **settings | {"training__steps": "9"}) == 0
     (told,) = [event for event in events.read(tmp_path) if event["kind"] == "source_end"]
     assert told["source"] == "b" and 1 < told["step"] < 9
     log = (tmp_path / "logs" / "rank0.log").read_text()
-    said = f"step {told['step']}: source b is through its epochs (1 x 7 samples); the others go on"
-    assert log.count("through its epochs") == 1 and said in log
+    said = (
+        f"step {told['step']}: source b is read to its end (4 x 7 samples); its share goes to the"
+    )
+    assert log.count("read to its end") == 1 and said in log
+    assert run(tmp_path, **settings | {"training__steps": "12"}) == 0  # it was told before
+    assert [event["kind"] for event in events.read(tmp_path)].count("source_end") == 1
+    run(tmp_path / "again", **settings | {"training__steps": str(told["step"])})  # in that step
+    assert "source_end" in [event["kind"] for event in events.read(tmp_path / "again")]
+
+
+def test_the_end_of_a_source_is_told_with_its_step_once_and_whether_others_are_left(caplog):
+    members = [Member("a", range(10), epochs=1), Member("b", range(4), epochs=2)]
+    sources = BySource(Mixture(members), torch.device("cpu"))
+
+    def told(step, a, b):
+        caplog.clear()
+        with caplog.at_level("INFO", "titan_vlm"):
+            sources.set_counts(step, [*Counts(seen=a).as_list(), *Counts(seen=b).as_list()])
+        return [record.getMessage() for record in caplog.records]
+
+    assert told(1, 9, 7) == []
+    gone = "step 2: source b is read to its end (2 x 4 samples); its share goes to the others"
+    assert told(2, 9, 8) == [gone]
+    assert told(3, 10, 8) == ["step 3: source a is read to its end (1 x 10 samples); none is left"]
+    sources.counts = [Counts(seen=9), Counts(seen=7)]  # rolled back
+    assert told(2, 10, 8) == []
+
+
+def test_a_name_that_no_new_run_may_have_does_not_stop_one_that_has_it(tmp_path, mixed, capfd):
+    odd = mixed | {"data__sources": mixed["data__sources"].replace('"b"', '"b/c"')}
+    assert run(tmp_path / "new", **odd) == 2
+    said = 'data.sources[1].name: expected a name without ":" and "/" for a new run, got "b/c"'
+    assert f"error: {said}\n" in capfd.readouterr().err
+    with patch("titan_vlm.train.check_new"):  # as when there was no such rule
+        assert run(tmp_path / "old", **odd | {"training__steps": "3"}) == 0
+    assert run(tmp_path / "old", **odd | {"training__steps": "4"}) == 0
+    assert len(read_ledger(tmp_path / "old")) == 4
 
 
 def test_without_the_setting_nothing_is_written(tmp_path, mixed):

@@ -96,11 +96,6 @@ def test_a_list_of_tables_is_read_changed_by_number_and_written_back(tmp_path):
             'data.sources[1].name: expected a name of its own, got "a"',
         ),
         (
-            TWO.replace('"b"', '"b/c"'),
-            [],
-            'data.sources[1].name: expected a name without ":" and "/", got "b/c"',
-        ),
-        (
             TWO.replace('name = "b"', ""),
             [],
             'data.sources[1].name: expected a name of its own, got ""; metrics and '

@@ -4,6 +4,7 @@ Every rank validates the same samples, so that the collectives of a sharded mode
 every rank knows the same result.
 """
 
+import hashlib
 import logging
 from collections import defaultdict
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from titan_vlm import distributed
 from titan_vlm.config import Config
 from titan_vlm.conflicts import holds_out_digits, is_same_data
 from titan_vlm.data.chat import Encoder, Sample, text_of
@@ -70,6 +72,7 @@ class Validator:
         source = build_held_out(config)
         self.config, self.encoder = config, encoder
         self.samples: list[tuple[RawSample, Sample]] = []
+        digest = hashlib.blake2b(digest_size=8)
         for i in range(min(config.eval.samples, len(source))):
             try:
                 raw = source[i]
@@ -79,10 +82,17 @@ class Validator:
                 for visual in sample.visuals:
                     visual.pixels(encoder.spec)
                 self.samples.append((raw, sample))
+                digest.update(b"%d %d" % (i, len(sample)))
+                digest.update(sample.tokens_L.tobytes())
             except DataError as error:
                 logger.warning("held-out sample skipped: %s", error)
         if not self.samples:
             raise DataError("validation: none of the held-out samples can be used")
+        # What must be the same on all ranks.
+        self.facts = {
+            "number of held-out samples that can be used": len(self.samples),
+            "digest of the held-out samples": digest.hexdigest(),
+        }
 
     @torch.no_grad()
     def run(self, model: nn.Module, device: torch.device) -> Result:
@@ -97,7 +107,9 @@ class Validator:
         total = torch.zeros((), dtype=torch.float64, device=device)
         targets = 0
         for row in self._rows():
-            batch = collate([make_row(row, self.config.training.seq_len, self.encoder)]).to(device)
+            with distributed.together():  # a picture may be gone since, for one rank alone
+                made = make_row(row, self.config.training.seq_len, self.encoder)
+            batch = collate([made]).to(device)
             total += model(
                 batch,
                 lambda hidden, weight, labels=batch.labels_BS: chunked_cross_entropy(
@@ -126,7 +138,8 @@ class Validator:
             for raw, _ in self.samples
             if (turn := last_assistant_turn(raw.messages)) is not None
         ]
-        prompts = [make_prompt(self.encoder, raw.messages[:turn]) for raw, turn in asked]
+        with distributed.together():
+            prompts = [make_prompt(self.encoder, raw.messages[:turn]) for raw, turn in asked]
         stop_ids = {tokenizer.eos_token_id}
         decoded = greedy(model, prompts, stop_ids, self.config.eval.max_new_tokens, device)
         return [

@@ -5,12 +5,13 @@ the source of each token's document; no token is computed twice. It is taken on 
 """
 
 import logging
+import math
 
 import torch
 from torch import Tensor
 
 from titan_vlm import distributed, events
-from titan_vlm.data.mixture import Mixture
+from titan_vlm.data.mixture import Member, Mixture
 from titan_vlm.data.packing import Counts
 from titan_vlm.mesh import Mesh
 from titan_vlm.models.inputs import Batch
@@ -26,20 +27,25 @@ class BySource:
         self.names, self.members = mixture.names, mixture.members
         self.sums_2G = torch.zeros(2, len(self.names), dtype=torch.float64, device=device)
         self.counts = [Counts() for _ in self.names]  # of all ranks
+        self.told: set[str] = set()  # those read to their end, once though steps may run again
 
     def set_counts(self, step: int, values: list[float]) -> None:
-        """`Counts.as_list` of one source after the other, summed over the ranks; says which is
-        read to its end."""
+        """Those after `step`: `Counts.as_list` of one source after the other, summed over the
+        ranks. Says which source is read to its end."""
         before = self.counts
         share = len(values) // len(self.names)
         self.counts = [
             Counts(*map(int, values[k * share : (k + 1) * share])) for k in range(len(self.names))
         ]
         for member, was, now in zip(self.members, before, self.counts, strict=True):
-            if was.seen < member.epochs * len(member.source) <= now.seen:
+            if was.seen < end_of(member) <= now.seen and member.name not in self.told:
+                self.told.add(member.name)
+                others = zip(self.members, self.counts, strict=True)
+                goes_on = any(counts.seen < end_of(other) for other, counts in others)
                 logger.info(
-                    "step %d: source %s is through its epochs (%d x %d samples); the others go on",
+                    "step %d: source %s is read to its end (%d x %d samples); %s",
                     *(step, member.name, member.epochs, len(member.source)),
+                    "its share goes to the others" if goes_on else "none is left",
                 )
                 events.write("source_end", step=step, source=member.name)
 
@@ -65,6 +71,11 @@ class BySource:
             found[name] = {"loss": losses[k] / targets[k]} if targets[k] else {}
             found[name] |= {"samples": counts.samples, "tokens": counts.tokens, "bad": counts.bad}
         return found
+
+
+def end_of(member: Member) -> float:
+    """Samples until a source is read to its end."""
+    return member.epochs * len(member.source) or math.inf
 
 
 def source_of_tokens(batch: Batch) -> Tensor:

@@ -17,6 +17,7 @@ every rank decides the same, and so does a resumed run. While steps are being sk
 saved; what was due is saved after the next good one.
 """
 
+import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -31,7 +32,7 @@ from torch import Tensor
 from titan_vlm.config import Guards
 from titan_vlm.data.loader import RowLoader
 from titan_vlm.data.rows import Row
-from titan_vlm.errors import NumericsError
+from titan_vlm.errors import DataError, NumericsError, ReadError
 from titan_vlm.mesh import Mesh, rank
 
 logger = logging.getLogger("titan_vlm")
@@ -67,6 +68,18 @@ def read_signals(
     return Signals(
         loss_sum, norm_value, [name for name, flag in zip(layers, flags, strict=True) if flag]
     )
+
+
+def have_same_rows(rows: list[Row], mesh: Mesh) -> bool:
+    """Whether the ranks along tp and pp do, which read the same rows each by itself: else they
+    would work on different pictures, or wait for each other for ever. Sends 16 bytes along each."""
+    names = "\n".join(" ".join(row.sample_ids) for row in rows).encode()
+    digest = int.from_bytes(hashlib.blake2b(names, digest_size=7).digest())
+    ends = torch.tensor([digest, -digest])  # the highest, and the negative of the lowest
+    for view in (mesh.tp, mesh.pp):
+        if view is not None:
+            dist.all_reduce(ends, dist.ReduceOp.MAX, group=view.get_group())
+    return ends.sum().item() == 0
 
 
 @dataclass
@@ -146,6 +159,15 @@ class Guard:
             self.state.passed_rows += len(passed) * ranks
             _warn("passed over %d rows: %s", len(passed) * ranks, _list(sample_ids(passed)))
         return rows
+
+    def try_to_take(
+        self, loader: RowLoader, count: int
+    ) -> tuple[list[Row], DataError | ReadError | None]:
+        """No rows and the error, for all ranks to be told, where this one cannot read its own."""
+        try:
+            return self.take(loader, count), None
+        except (DataError, ReadError) as error:
+            return [], error
 
     def judge(self, step: int, signals: Signals, rows: list[Row]) -> bool:
         """Whether the update of `step` is made; else the step is skipped, counted and told.
