@@ -6,6 +6,7 @@ group as the trainer does (`distributed.start("cpu")`), and its group is destroy
 """
 
 import contextlib
+import gc
 import multiprocessing as mp
 import os
 import pickle
@@ -103,7 +104,11 @@ def serve(pipe: Any) -> None:
 
 
 def leave_groups() -> None:
-    """Destroy this job's process groups, and what DTensor remembers of them by equal meshes."""
+    """Destroy this job's process groups, and what DTensor remembers of them by equal meshes.
+
+    A model and its hooks refer to each other and keep groups alive until they are collected: gloo's
+    threads, a few of each group, would then watch connections that peers have closed, for ever.
+    """
     if dist.is_initialized():
         with contextlib.suppress(RuntimeError):  # a peer may be gone already
             dist.destroy_process_group()
@@ -111,6 +116,7 @@ def leave_groups() -> None:
     for value in vars(_redistribute).values():
         if hasattr(value, "cache_clear"):
             value.cache_clear()
+    gc.collect()
 
 
 def free_port() -> int:
