@@ -18,6 +18,7 @@ def threads() -> int:
 def test_a_jobs_process_groups_and_their_threads_end_with_it(world, tmp_path):
     world.run(2, one_step, tmp_path / "0")
     before = world.run(2, threads)
-    for k in (1, 2):
+    for k in range(1, 5):
         world.run(2, one_step, tmp_path / str(k))
-    assert world.run(2, threads) == before
+    more = [b - a for a, b in zip(before, world.run(2, threads), strict=True)]
+    assert max(more) <= 2  # of libraries, which start theirs late; groups would leave six and more
