@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from titan_vlm import train
+from titan_vlm import lock, train
 from titan_vlm.config import Config, load_config
 
 SMALL = {
@@ -71,6 +71,7 @@ def run_killed(output: Path, step: int, **changes: str) -> None:
 
     def interrupted(state, metrics):
         if state.step == step:
+            state.checkpointer.settle()  # its thread, unlike that of a process, would not be gone
             raise KeyboardInterrupt
         whole(state, metrics)
 
@@ -78,6 +79,7 @@ def run_killed(output: Path, step: int, **changes: str) -> None:
     try:
         run(output, **changes)
     except KeyboardInterrupt:
+        lock.release()  # as the end of the process would
         return
     finally:
         train.train_step = whole

@@ -72,3 +72,7 @@ def release() -> None:
     """Let others have what was taken."""
     while _held:
         _held.pop().close()
+
+
+# A fork has the lock too, and a data worker may outlive its rank while it reads from a slow disk.
+os.register_at_fork(after_in_child=release)

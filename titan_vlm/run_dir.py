@@ -28,6 +28,7 @@ import torch.distributed as dist
 from titan_vlm import __version__, events, lock, logs
 from titan_vlm.config import Config, config_to_toml
 from titan_vlm.errors import ConfigError, UserError
+from titan_vlm.training.curriculum import total_steps
 from titan_vlm.training.ranks import Ranks
 
 logger = logging.getLogger("titan_vlm")
@@ -98,7 +99,7 @@ def describe(output: Path, config: Config, degrees: Mapping[str, int]) -> None:
     about = {
         "model": config.model.name,
         "flavor": config.model.flavor,
-        "steps": config.training.steps,
+        "steps": total_steps(config),
         "mesh": dict(degrees),
         "ranks": dist.get_world_size(),
         "versions": _versions(),
@@ -128,9 +129,12 @@ def told() -> Iterator[None]:
         events.write("stop", reason=reason, error=line[:500])
         text = line if is_users else "".join(traceback.format_exception(error)).rstrip()
         logs.write(logging.ERROR, text)
-        raise
-    finally:
+        if is_users:
+            lock.release()
+        raise  # else with the lock, for a thread may still be saving: it goes with the process
+    else:
         lock.release()
+    finally:
         events.close()
         logs.end()
 

@@ -2,12 +2,15 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import logging
+import multiprocessing
 import os
 import subprocess
 import sys
 import threading
+import time
 import tomllib
 import warnings
 from pathlib import Path
@@ -15,8 +18,9 @@ from pathlib import Path
 import pytest
 
 from tests.small_run import curve, run, run_killed
-from titan_vlm import events, lock, logs, run_dir
+from titan_vlm import events, lock, logs, run_dir, train
 from titan_vlm.data.ledger import read_ledger
+from titan_vlm.training.checkpoint import Checkpointer
 from titan_vlm.training.metrics import Board
 
 SHORT = {"training__steps": "2", "checkpoint__export_hf": "false", "checkpoint__every": "0"}
@@ -198,6 +202,60 @@ def test_two_runs_in_one_directory_are_refused(tmp_path, monkeypatch, capfd):
         assert said in capfd.readouterr().err
     assert run(second, **SHORT, checkpoint__directory=str(shared)) == 0
     assert f"process {os.getpid()} on" in (shared / ".lock").read_text()
+
+
+def test_a_data_worker_does_not_hold_the_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock.dist, "get_rank", lambda: 0)
+    lock.take(tmp_path, "run.output_dir")
+    begun = multiprocessing.get_context("fork").Event()
+    worker = multiprocessing.get_context("fork").Process(target=wait_for_its_end, args=(begun,))
+    worker.start()
+    try:
+        assert begun.wait(60) and is_locked(tmp_path)  # by this process
+        lock.release()
+        assert not is_locked(tmp_path)
+    finally:
+        worker.kill()
+        worker.join()
+
+
+def test_while_a_thread_still_saves_a_run_that_failed_has_its_directory(tmp_path, monkeypatch):
+    """As long as the process lives: no other run may find half of what is being written."""
+    may_end, train_step, write = threading.Event(), train.train_step, Checkpointer._write
+
+    def fails(state, metrics):
+        if state.step == 1:
+            raise RuntimeError("something that nobody thought of")
+        train_step(state, metrics)
+
+    def slow(*args):
+        assert may_end.wait(60)
+        write(*args)
+
+    monkeypatch.setattr(train, "train_step", fails)
+    monkeypatch.setattr(Checkpointer, "_write", slow)
+    changes = SHORT | {"checkpoint__every": "1", "checkpoint__async_save": "true"}
+    try:
+        with pytest.raises(RuntimeError, match="nobody thought of"):
+            run(tmp_path, **changes)
+        assert is_locked(tmp_path) and is_locked(tmp_path / "checkpoints")
+    finally:
+        may_end.set()
+        lock.release()
+
+
+def wait_for_its_end(begun):
+    begun.set()
+    time.sleep(600)
+
+
+def is_locked(folder):
+    with (folder / ".lock").open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def test_a_restart_waits_for_the_lock_of_a_machine_that_is_lost(tmp_path, monkeypatch):

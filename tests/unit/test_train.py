@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from tests.small_run import curve, run, run_killed, small_config, weights
 from titan_vlm import train
-from titan_vlm.assembly import assemble, export
+from titan_vlm.assembly import assemble, build_model, export, fill
 from titan_vlm.config import load_config
 from titan_vlm.errors import ConfigError
 from titan_vlm.parallelize import count_microbatches
@@ -62,9 +62,9 @@ def test_the_log_says_where_the_weights_come_from(tmp_path, caplog):
 
     def told(config, fresh=True):
         caplog.clear()
-        model = train.build_model(parts, config)
+        model = build_model(parts, config)
         with caplog.at_level("INFO"):
-            train.fill(model, parts, config, torch.device("cpu"), fresh)
+            fill(model, parts, config, torch.device("cpu"), fresh)
         return model, [line for line in caplog.messages if line.startswith("weights:")]
 
     model, lines = told(config)
