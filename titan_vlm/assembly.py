@@ -3,7 +3,7 @@ weights; and their export."""
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,28 +33,33 @@ class Parts:
     images: VisualSpec
 
 
-def assemble(config: Config) -> Parts:
+def assemble(config: Config, tokenizer: Any = None) -> Parts:
     """Everything about a run's model that needs no weights.
+
+    Args:
+        tokenizer: where it is loaded already.
 
     Raises:
         ConfigError: model, tokenizer or dimensions that do not exist or do not fit.
     """
     spec = model_spec(config.model.name)
-    dims = model_config(config.model.name, config.model.flavor, config.model.hf_path)
-    dims = spec.with_experts(dims, config.moe)
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    dims = spec.with_token_ids(dims, visual_token_ids(tokenizer), len(tokenizer))
-    vision = dims.vision
-    images = visual_spec(
-        config.data, vision.patch_size, vision.merge_size, vision.temporal_patch_size
+    dims = model_config(**asdict(config.model))
+    dims = spec.with_settings(dims, config.moe, config.projector)
+    dims = replace(
+        dims, text=replace(dims.text, attention_dropout=config.training.attention_dropout)
     )
-    return Parts(spec, dims, tokenizer, images)
+    tokenizer = tokenizer or load_tokenizer(config.data.tokenizer)
+    dims = spec.with_token_ids(dims, visual_token_ids(tokenizer), len(tokenizer))
+    return Parts(spec, dims, tokenizer, visual_spec(config.data, **spec.visual(dims)))
 
 
 def assemble_export(config: Config) -> Parts:
     """The same of what a run has exported: what was upcycled has experts now."""
-    text = replace(config.moe.text, upcycle_shards=0, upcycle_noise=0.0)
-    return assemble(replace(config, moe=replace(config.moe, text=text)))
+    text, vision = (
+        replace(branch, upcycle_shards=0, upcycle_noise=0.0)
+        for branch in (config.moe.text, config.moe.vision)
+    )
+    return assemble(replace(config, moe=replace(config.moe, text=text, vision=vision)))
 
 
 def export(
@@ -99,6 +104,10 @@ def fill(model: nn.Module, parts: Parts, config: Config, device: torch.device, f
     if fresh and config.checkpoint.initial_load_path:
         parts.spec.load_hf(model, config.checkpoint.initial_load_path, config.run.seed)
         logger.info("weights: from %s", config.checkpoint.initial_load_path)
+    elif fresh and config.model.flavor == "parts":
+        towers = (config.model.vision_path, config.model.text_path)
+        parts.spec.load_parts(model, *towers, config.run.seed)
+        logger.info("weights: from %s and %s, the rest random, seed %d", *towers, config.run.seed)
     elif fresh:
         logger.info("weights: random, seed %d", config.run.seed)
         init_weights(model, config.run.seed, parts.dims.text.initializer_range)

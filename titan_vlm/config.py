@@ -1,4 +1,4 @@
-"""The configuration of a run: one frozen dataclass per TOML section, each field documented here.
+"""The configuration of a run: one frozen dataclass per TOML section, each field documented in it.
 
     train_configs/qwen_vlm_moe.toml          [training]            Config.training.steps
                                              steps = 1500    ->
@@ -15,16 +15,19 @@ import re
 import sys
 import tomllib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import tomli_w
 
 from titan_vlm.conflicts import conflicts
+from titan_vlm.data.config import Data
 from titan_vlm.errors import ConfigError
 from titan_vlm.models.moe.config import MoE
-from titan_vlm.settings import build, help_lines, override, pairs, setting
+from titan_vlm.models.projector import Projector
+from titan_vlm.settings import as_table, build, help_lines, override, pairs, setting
+from titan_vlm.training.curriculum import Curriculum, curriculum_conflicts, stage_configs
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "train_configs"
 # The time tomllib takes grows with the square of a key's parts: both are far beyond any config.
@@ -52,139 +55,22 @@ class Run:
 class Model:
     name: str = setting("qwen3_vl", "Architecture: a name in titan_vlm/models/registry.py.")
     flavor: str = setting(
-        "debug_moe", "Named dimensions of the architecture, or hf to take them from model.hf_path."
+        "debug_moe",
+        "Named dimensions of the architecture; hf takes them from model.hf_path, parts (omni) from "
+        "model.vision_path and model.text_path.",
     )
     hf_path: str = setting(
         "", "Hugging Face directory whose config.json gives the dimensions (flavor hf only)."
     )
-
-
-@dataclass(frozen=True)
-class Samples:
-    """One source of samples."""
-
-    source: Literal["digits", "llava", "openai", "webdataset", "hf"] = setting(
-        "digits",
-        "Where samples come from: digits (embedded demo), llava or openai (JSONL), webdataset (tar "
-        "shards), hf (Hugging Face datasets).",
-    )
-    path: str = setting(
+    vision_path: str = setting(
         "",
-        "File, directory or glob of the source; for hf a save_to_disk directory or a hub name. "
-        "digits takes none.",
+        "Hugging Face directory of a SigLIP or SigLIP2 model, whose vision tower a new model gets: "
+        "dimensions and weights (flavor parts only).",
     )
-    split: str = setting("train", "Split to train on (sources digits and hf; others have none).")
-    image_root: str = setting(
-        "", "Directory that relative image paths start from. Empty: the directory of the data file."
-    )
-    image_column: str = setting("image", "Column with the image or list of images (source hf).")
-    text_column: str = setting("text", "Column with the caption (source hf without messages).")
-    messages_column: str = setting(
+    text_path: str = setting(
         "",
-        "Column with messages in OpenAI form (source hf). Empty: caption_prompt is asked and "
-        "text_column answers.",
-    )
-    caption_prompt: str = setting(
-        "Describe the image.", "The user's words where a sample is an image and a caption."
-    )
-
-
-@dataclass(frozen=True)
-class Source(Samples):
-    """One of several sources that are mixed."""
-
-    name: str = setting("", "What metrics, logs and the ledger call the source.")
-    weight: float = setting(
-        0.0,
-        "Its share of the mixture, relative to the others'. With a weight on none, the number of "
-        "samples decides (data.mixture_temperature).",
-        at_least=0,
-    )
-    epochs: int = setting(
-        0,
-        "Times that the source is read before the others go on without it; 0: for ever.",
-        at_least=0,
-    )
-
-
-@dataclass(frozen=True)
-class Data(Samples):
-    sources: list[Source] = setting(
-        [],
-        "Sources to mix, each a table [[data.sources]] with keys of its own; data.source and its "
-        "keys then say how the held-out data of eval.path are read.",
-    )
-    mixture_by: Literal["samples", "tokens"] = setting(
-        "samples", "With data.sources: what their weights are shares of."
-    )
-    mixture_temperature: float = setting(
-        1.0,
-        "With data.sources that have no weights: their shares go as samples ^ (1 / this); 1 takes "
-        "them as large as they are, more evens them out.",
-        at_least=0.1,
-    )
-    ledger: bool = setting(
-        False, "Write the ids of the samples of every step into output_dir/ledger."
-    )
-    tokenizer: str = setting(
-        "", "Hugging Face tokenizer directory with a chat template. Empty: the demo tokenizer."
-    )
-    virtual_shards: int = setting(
-        16,
-        "Shards the samples are dealt to, each packing its own rows; fixes the sequence of rows of "
-        "the run, whatever the number of processes and workers.",
-        at_least=1,
-    )
-    pack_window: int = setting(
-        16, "Samples a virtual shard holds ready, to fit them into rows first-fit.", at_least=1
-    )
-    overlong: Literal["drop", "cut"] = setting(
-        "drop", "What happens to a sample longer than training.seq_len; either way it is counted."
-    )
-    min_pixels: int = setting(65536, "Smaller images are enlarged to this many pixels.", at_least=1)
-    max_pixels: int = setting(16777216, "Larger images are shrunk to this many pixels.", at_least=1)
-    video_min_pixels: int = setting(
-        4096, "As min_pixels, for a whole video: frames x height x width.", at_least=1
-    )
-    video_max_pixels: int = setting(
-        25165824, "As max_pixels, for a whole video: frames x height x width.", at_least=1
-    )
-    video_fps: float = setting(2.0, "Frames per second sampled from a video.", above=0)
-    max_image_pixels: int = setting(
-        89_478_485,
-        "Pictures and video frames of more pixels are not decoded; the sample is skipped.",
-        at_least=1,
-        at_most=178_956_970,  # where Pillow itself refuses
-    )
-    max_sample_bytes: int = setting(
-        2**26,
-        "Longer JSONL lines, picture files, members of shards and answers of servers are not read; "
-        "the sample is skipped.",
-        at_least=1,
-    )
-    max_sample_chars: int = setting(
-        1_000_000, "Samples with more characters of text are skipped.", at_least=1
-    )
-    max_sample_parts: int = setting(
-        1000, "Samples with more turns, texts, pictures and frames are skipped.", at_least=1
-    )
-    allow_outside: bool = setting(
-        False, "Read pictures and videos outside of data.image_root, too, when a sample names them."
-    )
-    allow_remote: bool = setting(
-        False, "Fetch pictures that samples name by http(s) URL; private addresses never."
-    )
-    remote_timeout_s: float = setting(
-        10.0, "With allow_remote: seconds until a picture must be there.", above=0, at_most=3600
-    )
-    num_workers: int = setting(
-        0, "Loader processes per rank; 0 prepares samples in the training process.", at_least=0
-    )
-    max_bad_fraction: float = setting(
-        0.01,
-        "Samples that cannot be used are skipped and logged; a larger fraction ends the run.",
-        at_least=0,
-        at_most=1,
+        "Hugging Face directory of a dense Qwen3, which becomes a new model's decoder (flavor "
+        "parts only); moe.text.upcycle_shards makes experts of it.",
     )
 
 
@@ -202,6 +88,13 @@ class Training:
     max_norm: float = setting(1.0, "Clip the gradient norm to this; 0 never clips.", at_least=0)
     freeze: list[str] = setting(
         [], "Branches (vision, projector, text) or parameter-name patterns that do not train."
+    )
+    attention_dropout: float = setting(
+        0.0,
+        "Part of the decoder's attention weights that is left out in training. In plain products, "
+        "slow and large for long documents: not for bfloat16 on CUDA.",
+        at_least=0,
+        below=1,
     )
     max_hours: float = setting(
         0.0,
@@ -443,18 +336,25 @@ class Config:
     comm: Comm = field(default_factory=Comm)
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
     compile: Compile = field(default_factory=Compile)
+    projector: Projector = field(default_factory=Projector)
     moe: MoE = field(default_factory=MoE)
     quantize: Quantize = field(default_factory=Quantize)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     guards: Guards = field(default_factory=Guards)
     metrics: Metrics = field(default_factory=Metrics)
     eval: Eval = field(default_factory=Eval)
+    curriculum: Curriculum = field(default_factory=Curriculum)
 
 
 def validate(config: Config, where: str = "config") -> None:
     """Refuse settings that are each fine but do not go together; `where` opens the message."""
-    for conflict in conflicts(config):
+    found = curriculum_conflicts(config) if config.curriculum.stages else conflicts(config)
+    for conflict in found:
         raise ConfigError(f"{where}: {conflict}")
+    try:
+        stage_configs(config)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def load_config(path_or_name: str, overrides: Sequence[str] = ()) -> Config:
@@ -515,7 +415,7 @@ def _read_toml(path: Path) -> dict:
 
 def config_to_toml(config: Config) -> str:
     """TOML that loads back to an equal Config."""
-    return tomli_w.dumps(asdict(config))
+    return tomli_w.dumps(as_table(config))
 
 
 def print_help() -> None:

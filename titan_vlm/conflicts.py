@@ -9,7 +9,8 @@ from titan_vlm.errors import ConfigError
 from titan_vlm.models.moe.config import conflicts as moe_conflicts
 
 if TYPE_CHECKING:
-    from titan_vlm.config import Config, Data, Eval, Samples
+    from titan_vlm.config import Config, Eval
+    from titan_vlm.data.config import Data, Samples
 
 
 def conflicts(config: "Config") -> Iterator[str]:
@@ -23,6 +24,7 @@ def conflicts(config: "Config") -> Iterator[str]:
             f'got flavor = "{model.flavor}" and hf_path = "{model.hf_path}"'
         )
 
+    yield from parts_conflicts(config)
     yield from (mixture_conflicts if data.sources else one_source_conflicts)(data)
     for low, high in (("min_pixels", "max_pixels"), ("video_min_pixels", "video_max_pixels")):
         least, most = getattr(data, low), getattr(data, high)
@@ -44,10 +46,16 @@ def conflicts(config: "Config") -> Iterator[str]:
         yield "checkpoint.directory: expected a place that outlives the process, got memory:"
 
     yield from moe_conflicts(config.moe)
-    if config.moe.text.upcycle_shards and not config.checkpoint.initial_load_path:
+    has_dense = config.checkpoint.initial_load_path or model.flavor == "parts"
+    if config.moe.text.upcycle_shards and not has_dense:
         yield (
             "moe.text.upcycle_shards: expected a dense model's directory in "
             "checkpoint.initial_load_path, got none"
+        )
+    if config.moe.vision.upcycle_shards and model.flavor != "parts":
+        yield (
+            'moe.vision.upcycle_shards: expected 0 without model.flavor = "parts", whose '
+            "model.vision_path has the dense layers"
         )
     kind, interval = config.parallelism.expert_placement, config.parallelism.eplb_interval
     if (kind == "balanced") != bool(interval):
@@ -96,6 +104,38 @@ def conflicts(config: "Config") -> Iterator[str]:
     yield from held_out_conflicts(data, evaluation)
 
 
+def parts_conflicts(config: "Config") -> Iterator[str]:
+    """Of a model that is assembled from a vision tower and a decoder."""
+    model, text = config.model, config.moe.text
+    for key in ("vision_path", "text_path"):
+        if (model.flavor == "parts") != bool(getattr(model, key)):
+            yield (
+                f'model.{key}: expected a directory with flavor = "parts" and none with another '
+                f'flavor, got flavor = "{model.flavor}" and {key} = "{getattr(model, key)}"'
+            )
+    if model.flavor != "parts":
+        return
+    if config.checkpoint.initial_load_path:
+        yield (
+            'checkpoint.initial_load_path: expected none with model.flavor = "parts", whose '
+            f'directories hold the weights, got "{config.checkpoint.initial_load_path}"'
+        )
+    if text.experts > 0 and not text.upcycle_shards:
+        yield (
+            'moe.text.upcycle_shards: expected 1 or more with model.flavor = "parts" and '
+            f"moe.text.experts = {text.experts}, for model.text_path is dense; 1: each expert "
+            "begins as a copy of its layer's MLP"
+        )
+    vision = config.moe.vision
+    if vision.experts > 0 and not vision.upcycle_shards:
+        yield (
+            'moe.vision.upcycle_shards: expected 1 or more with model.flavor = "parts" and '
+            f"moe.vision.experts = {vision.experts}, for the tower of model.vision_path is dense; "
+            'with activation = "gelu" and expert_bias = true each expert begins as a copy of its '
+            "layer's MLP"
+        )
+
+
 def one_source_conflicts(data: "Data") -> Iterator[str]:
     yield from path_conflicts("data", data)
     without = "without [[data.sources]]"
@@ -106,7 +146,7 @@ def one_source_conflicts(data: "Data") -> Iterator[str]:
 
 
 def mixture_conflicts(data: "Data") -> Iterator[str]:
-    for key in ("path", "split"):
+    for key in ("path", "split", "kinds"):
         value, default = getattr(data, key), getattr(type(data)(), key)
         if value != default:
             yield (
@@ -115,6 +155,8 @@ def mixture_conflicts(data: "Data") -> Iterator[str]:
             )
     names = [table.name for table in data.sources]
     weighted = [table for table in data.sources if table.weight]
+    if all(table.off for table in data.sources):
+        yield "data.sources[0].off: expected false for one source at least"
     for k, table in enumerate(data.sources):
         key = f"data.sources[{k}]"
         if not table.name or table.name in names[:k]:
@@ -153,6 +195,8 @@ def path_conflicts(key: str, samples: "Samples") -> Iterator[str]:
             f"{key}.path: expected {'none' if samples.path else 'a file, directory or glob'} for "
             f'source = "{samples.source}", got "{samples.path}"'
         )
+    if samples.kinds and samples.source != "digits":
+        yield f'{key}.kinds: expected none for source = "{samples.source}", got {samples.kinds}'
 
 
 def held_out_conflicts(data: "Data", evaluation: "Eval") -> Iterator[str]:

@@ -27,6 +27,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def device_type(device: str) -> str:
+    """What `run.device` stands for here: "cpu" or "cuda"."""
+    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
 def is_hidden_rank() -> bool:
     """Whether this is a process of torchrun's whose output is not shown by default."""
     return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK") != "0"
@@ -54,7 +59,7 @@ def start(device: str, comm: Comm | None = None) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError('run.device = "cuda": no CUDA device is visible; use "cpu" or "auto"')
     tune_cpu()
-    kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    kind = device_type(device)
     if kind == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise ConfigError(

@@ -8,6 +8,7 @@
     resume      mesh, ranks_saved          training goes on from a checkpoint of this step
     anew        kept_in                    a run that has saved finds no checkpoint, and begins
                                            at step 0; what it had written is in this folder
+    stage       stage, number              a stage of the curriculum begins after this step
     save        seconds, bytes             this step was saved
     signal      signal                     the ranks have agreed to stop for it
     stop        reason, signal or error    it ended: finished, signal, max_hours, error or, before

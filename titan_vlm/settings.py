@@ -7,7 +7,11 @@ and on the command line). From that one declaration come the check of a TOML tab
 typed command line (`pairs`, `override`) and the help (`help_lines`). This file knows nothing about
 training; `config.py` declares the tree.
 
-Types: bool, int, float, str, Literal of strings, list of those, dict from name to one of those.
+`update` lays a table over a tree that is there already, with the same checks. A section with a
+field of `rest` keeps keys that it does not know for whoever lays them over a tree later.
+
+Types: bool, int, float, str, Literal of strings, list of those, dict from name to one of those,
+and a list or else one of some words (list[int] | Literal["all"]).
 An int is taken where a float is wanted; a bool is never an int; NaN and infinity are refused.
 """
 
@@ -18,14 +22,17 @@ import re
 import textwrap
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import Field, field, fields, is_dataclass, replace
 from difflib import SequenceMatcher
-from typing import Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from titan_vlm.errors import ConfigError
 
 ANY = "[n]"  # stands for the number of any table of a list
 _NUMBER = re.compile(r"\[[0-9]+\]")
+UNIONS = (UnionType, Union)  # of A | B, by what A and B are
 MAX_INT = 2**63 - 1  # what every reader of TOML takes; tomllib knows no limit
 
 
@@ -49,26 +56,74 @@ def setting(
     return field(default_factory=lambda: copy.copy(default), metadata=metadata)
 
 
+def rest() -> Any:
+    """A field for all keys of a table that the dataclass does not know, as TOML has them."""
+    return field(default_factory=dict, metadata={"rest": True})
+
+
 def build(cls: type, table: dict[str, Any], where: str) -> Any:
     """A `cls` from a TOML table; `where` (the file) is for messages."""
-    return _build(cls, table, where, "", cls)
+    return update(cls(), table, where)
 
 
-def _build(cls: type, table: dict[str, Any], where: str, prefix: str, root: type) -> Any:
-    known = {f.name: f for f in fields(cls)}
+def update(tree: Any, table: dict[str, Any], where: str) -> Any:
+    """The tree with the values of a TOML table. Of a list of tables with names, those to change
+    are given by name: { sources = { web = { weight = 2.0 } } }."""
+    return _updated(tree, table, where, "", type(tree))
+
+
+def _updated(tree: Any, table: dict[str, Any], where: str, prefix: str, root: type) -> Any:
+    known = {f.name: f for f in fields(tree)}
+    others = next((f.name for f in fields(tree) if f.metadata.get("rest")), None)
     values = {}
     for name, value in table.items():
         key = prefix + name
-        if name not in known:
-            raise _unknown(root, key, where, is_table=isinstance(value, dict))
-        kind = known[name].type
-        if not is_dataclass(kind):
+        if name not in known or name == others:
+            if others is None:
+                raise _unknown(root, key, where, is_table=isinstance(value, dict))
+            values[others] = values.get(others, {}) | {name: value}
+            continue
+        kind, now = known[name].type, getattr(tree, name)
+        if _table(kind) and now and isinstance(value, dict):
+            values[name] = _by_name(now, value, key, where, root)
+        elif not is_dataclass(kind):
             values[name] = _checked(value, known[name], key, where, root)
         elif isinstance(value, dict):
-            values[name] = _build(kind, value, where, f"{key}.", root)
+            values[name] = _updated(now, value, where, f"{key}.", root)
         else:
             raise ConfigError(f"{where}: {key}: expected a section [{key}], got {_show(value)}")
-    return cls(**values)
+    return replace(tree, **values)
+
+
+def _by_name(tables: list, changes: dict[str, Any], key: str, where: str, root: type) -> list:
+    names = [table.name for table in tables]
+    for name, change in changes.items():
+        if name not in names:
+            raise ConfigError(
+                f"{where}: {key}.{name}: no table has this name; there are {', '.join(names)}"
+            )
+        if not isinstance(change, dict):
+            raise ConfigError(f"{where}: {key}.{name}: expected a table, got {_show(change)}")
+    return [
+        _updated(table, changes.get(table.name, {}), where, f"{key}.{table.name}.", root)
+        for table in tables
+    ]
+
+
+def as_table(tree: Any) -> dict[str, Any]:
+    """The TOML table that `build` makes this tree of."""
+    table: dict[str, Any] = {}
+    for f in fields(tree):
+        value = getattr(tree, f.name)
+        if is_dataclass(f.type):
+            table[f.name] = as_table(value)
+        elif _table(f.type):
+            table[f.name] = [as_table(item) for item in value]
+        elif f.metadata.get("rest"):
+            table |= value
+        else:
+            table[f.name] = value
+    return table
 
 
 def pairs(words: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -93,9 +148,19 @@ def pairs(words: Sequence[str]) -> Iterator[tuple[str, str]]:
 def override(tree: Any, key: str, text: str, where: str) -> Any:
     """The tree with `section.key` set to what the word `text` means for the type of that field.
 
-    `section.tables[1].key` is of the second of tables that are there already.
+    `section.tables[1].key` is of the second of tables that are there already; where these keep
+    keys of the tree (`rest`), key may be one.
     """
     known = dict(leaves(type(tree)))
+    table_key, _, inner = key.partition("].")
+    if inner in known and (others := _rest_of(known, table_key)):
+        inside = f"{table_key}].{others}"
+        value = _parse(text, known[inner].type)
+        try:
+            kept = _merged(_at(tree, inside, where), inner.split("."), value)
+        except TypeError as error:
+            raise ConfigError(f"{where}: {key}: {error}") from error
+        return _replaced(tree, inside.split("."), kept)
     f = known.get(_NUMBER.sub(ANY, key)) if ANY not in key else None
     if f is None:
         raise _unknown(type(tree), key, where)
@@ -104,6 +169,31 @@ def override(tree: Any, key: str, text: str, where: str) -> Any:
         return _replaced(tree, key.split("."), value)
     except IndexError as error:
         raise ConfigError(f"{where}: {key}: {error}") from error
+
+
+def _rest_of(known: dict[str, Field], table_key: str) -> str | None:
+    """The field that keeps other keys, of the tables of a list "section.tables[1"."""
+    listed = known.get(table_key.partition("[")[0])
+    table = _table(listed.type) if listed else None
+    return next((f.name for f in fields(table) if f.metadata.get("rest")), None) if table else None
+
+
+def _at(tree: Any, key: str, where: str) -> Any:
+    for part in key.split("."):
+        name, _, number = part.rstrip("]").partition("[")
+        tree = getattr(tree, name)
+        if number and not (number.isdigit() and int(number) < len(tree)):
+            expected = f"expected the number of one of {len(tree)} table(s), counted from 0"
+            raise ConfigError(f"{where}: {key}: {expected}")
+        tree = tree[int(number)] if number else tree
+    return tree
+
+
+def _merged(table: dict[str, Any], path: list[str], value: Any) -> dict[str, Any]:
+    name, *rest = path
+    if not isinstance(table, dict):
+        raise TypeError(f"expected a table around {name}, got {table!r}")
+    return table | {name: _merged(table.get(name, {}), rest, value) if rest else value}
 
 
 def _replaced(tree: Any, path: list[str], value: Any) -> Any:
@@ -125,7 +215,7 @@ def leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, Field]]:
     for f in fields(cls):
         if is_dataclass(f.type):
             yield from leaves(f.type, f"{prefix}{f.name}.")
-        else:
+        elif not f.metadata.get("rest"):
             yield prefix + f.name, f
             if table := _table(f.type):
                 yield from leaves(table, f"{prefix}{f.name}{ANY}.")
@@ -170,7 +260,7 @@ def _tables(value: Any, cls: type, key: str, where: str, root: type) -> list:
     for k, item in enumerate(value):
         if not isinstance(item, dict):
             raise ConfigError(f"{where}: {key}[{k}]: expected a table, got {_show(item)}")
-    return [_build(cls, item, where, f"{key}[{k}].", root) for k, item in enumerate(value)]
+    return [_updated(cls(), item, where, f"{key}[{k}].", root) for k, item in enumerate(value)]
 
 
 class _Unfit(Exception):
@@ -179,6 +269,11 @@ class _Unfit(Exception):
 
 def _convert(value: Any, kind: Any, bounds: dict[str, float]) -> Any:
     origin = get_origin(kind)
+    if origin in UNIONS:
+        for option in get_args(kind):
+            with suppress(_Unfit):
+                return _convert(value, option, bounds)
+        raise _Unfit
     if origin is list and isinstance(value, list):
         return [_convert(item, get_args(kind)[0], bounds) for item in value]
     if origin is dict and isinstance(value, dict):
@@ -218,6 +313,9 @@ def _parse(text: str, kind: Any) -> Any:
     """The value a word of the command line stands for; what cannot be read stays text, and is
     refused by `_convert` like any other wrong type."""
     origin = get_origin(kind)
+    if origin in UNIONS:
+        words = [word for option in get_args(kind) for word in _words(option)]
+        return text if text in words else _parse(text, get_args(kind)[0])
     if origin is dict or (origin is list and text.startswith("[")):
         return _parse_toml(text)
     if origin is list:
@@ -244,21 +342,28 @@ def _parse_toml(text: str) -> Any:
 def _describe(f: Field) -> str:
     bounds = " and ".join(f"{sign} {bound}" for sign, bound in f.metadata["bounds"].items())
     count = f"{f.metadata['length']} x " if f.metadata["length"] else ""
-    origin = get_origin(f.type)
-    if _table(f.type):
-        words = "list of tables"
-    elif origin is list:
-        words = f"list of {count}{_name(get_args(f.type)[0])}"
-    elif origin is dict:
-        words = f"table of name = {_name(get_args(f.type)[1])}"
-    else:
-        words = _name(f.type)
+    words = "list of tables" if _table(f.type) else _kind(f.type, count)
     return f"{words} {bounds}".rstrip()
 
 
+def _kind(kind: Any, count: str) -> str:
+    origin = get_origin(kind)
+    if origin in UNIONS:
+        return " or ".join(_kind(option, count) for option in reversed(get_args(kind)))
+    if origin is list:
+        return f"list of {count}{_name(get_args(kind)[0])}"
+    if origin is dict:
+        return f"table of name = {_name(get_args(kind)[1])}"
+    return _name(kind)
+
+
+def _words(kind: Any) -> tuple[str, ...]:
+    return get_args(kind) if get_origin(kind) is Literal else ()
+
+
 def _name(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return "|".join(get_args(kind))
+    if words := _words(kind):
+        return "|".join(words)
     return {bool: "true|false", int: "int", float: "finite float", str: "string"}[kind]
 
 

@@ -1,6 +1,7 @@
 """The trainer, top to bottom: `torchrun -m titan_vlm.train --config train_configs/X.toml`.
 
     configure -> mesh -> build the model -> parallelise it -> fill it -> optimizer, data -> resume
+    at the border of two stages: the same once more, from the tensors there are (stages.py)
     for each step:  read the step's rows -> forward and backward, micro-batch by micro-batch
                     -> clip -> update -> metrics -> (validate) -> (save)
     save -> export
@@ -21,15 +22,14 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from titan_vlm import distributed, events, launched, lock, run_dir
-from titan_vlm.assembly import Parts, assemble, build_model, export, fill
+from titan_vlm.assembly import Parts, export, fill
 from titan_vlm.config import Config, config_from_args, config_to_toml
 from titan_vlm.conflicts import check_new
 from titan_vlm.data.ledger import Ledger
-from titan_vlm.data.loader import MAX_REASONS, RowLoader, build_loader, merge_states
-from titan_vlm.data.packing import Counts
+from titan_vlm.data.loader import RowLoader, build_loader, merge_states
 from titan_vlm.data.rows import collate
 from titan_vlm.errors import DataEnded, DataError, NumericsError, UserError
-from titan_vlm.evaluation.validate import Result, Validator, has_held_out_data
+from titan_vlm.evaluation.validate import Validator, build_validators, facts
 from titan_vlm.hang import Watch
 from titan_vlm.mesh import Mesh, build_mesh, rank, size
 from titan_vlm.models.inputs import Batch
@@ -37,15 +37,16 @@ from titan_vlm.models.layers.head import Head
 from titan_vlm.models.moe.tokens import Moment
 from titan_vlm.parallel import placement
 from titan_vlm.parallel.pipeline import Pipeline
-from titan_vlm.parallelize import make_plan, parallelize
-from titan_vlm.training import routing
+from titan_vlm.stages import Stage, build, enter, make_stages, next_stage, stage_at, tell
+from titan_vlm.training import feature_cache, routing
 from titan_vlm.training.by_source import BySource
 from titan_vlm.training.checkpoint import Checkpointer
+from titan_vlm.training.curriculum import Place, asleep, known_ends, total_steps
 from titan_vlm.training.guards import Guard, Signals, have_same_rows, read_signals
 from titan_vlm.training.loss import chunked_cross_entropy
 from titan_vlm.training.memory import MemoryReport, OutOfMemory
 from titan_vlm.training.metrics import MetricsLogger
-from titan_vlm.training.optimizer import build_optimizer, clip_grad_norm, freeze_parameters
+from titan_vlm.training.optimizer import build_optimizer, clip_grad_norm
 from titan_vlm.training.schedule import set_learning_rates
 from titan_vlm.training.stop import Stop
 
@@ -85,19 +86,21 @@ def main(argv: list[str]) -> int:
 def train(config: Config, watch: Watch, stop: Stop, memory: MemoryReport) -> None:
     """Train as `config` says, from wherever `run.output_dir` left off."""
     run = memory.run = prepare(config)
+    steps = total_steps(config)
     metrics = MetricsLogger(
         run.output,
         config.metrics,
-        config.training.steps,
+        steps or 0,
         run.device,
         start_step=run.step,
+        ends=known_ends(config),
         world_size=dist.get_world_size(),
         silent=dist.get_rank() != 0,
         pp_ranks=size(run.mesh.pp),
         branches={name: layer.branch for name, layer in run.moe_layers.items()},
     )
-    if run.step >= config.training.steps:
-        logger.info("this run is finished: step %d of %d", run.step, config.training.steps)
+    if run.is_finished:
+        logger.info("this run is finished: step %d of %d", run.step, steps or run.step)
     try:
         train_steps(run, metrics, watch, stop)
     except (DataError, NumericsError):  # of all ranks; what is being written becomes a checkpoint
@@ -122,9 +125,12 @@ def train(config: Config, watch: Watch, stop: Stop, memory: MemoryReport) -> Non
 
 def train_steps(run: "Run", metrics: MetricsLogger, watch: Watch, stop: Stop) -> None:
     """Until the last step, or the one after which the ranks have agreed to stop."""
-    config, validator = run.config, run.validator
-    while run.step < config.training.steps and not stop.agreed(run.step):
+    config = run.config
+    while not run.is_finished and not stop.agreed(run.step):
         watch.step = run.step + 1
+        if run.stage_is_over:  # a checkpoint of this step is of the stage that ends
+            with metrics.pause():
+                next_stage(run)
         try:
             train_step(run, metrics)
         except DataEnded:  # on every rank, before anything was changed
@@ -135,9 +141,11 @@ def train_steps(run: "Run", metrics: MetricsLogger, watch: Watch, stop: Stop) ->
             roll_back(run)
             metrics.restart(run.step)
             continue
-        last = run.step == config.training.steps
+        validator, last = run.validators[run.stage.name], run.stage_is_over
         if validator and (last or (due(run.step, config.eval.every) and not stop.agreed(run.step))):
-            validate(run, validator, metrics)
+            with metrics.pause():
+                result = validator.run(run.model, run.device)
+            result.report(run.step, metrics, run.config.eval.show)
         if run.guard.may_save(run.step, due(run.step, config.checkpoint.every)):
             with metrics.pause():
                 save(run, must=False)
@@ -145,10 +153,10 @@ def train_steps(run: "Run", metrics: MetricsLogger, watch: Watch, stop: Stop) ->
 
 def prepare(config: Config) -> "Run":
     """Everything that a step needs, new or as the newest checkpoint has it."""
-    parts = assemble(config)
+    stages = make_stages(config, distributed.world_size())
     if config.checkpoint.export_hf:
-        parts.spec.check_exportable(parts.dims)
-    plan = make_plan(config, parts, distributed.world_size())
+        stages[-1].parts.spec.check_exportable(stages[-1].parts.dims)
+    plan = stages[0].plan
     device = distributed.start(config.run.device, config.comm)
     mesh = build_mesh(device.type, plan.degrees, config.parallelism.expert_parallel_over_tp)
     output = Path(config.run.output_dir)
@@ -166,25 +174,22 @@ def prepare(config: Config) -> "Run":
     if checkpointer.storage.is_local:  # other runs may use it from another run.output_dir
         lock.take(Path(checkpointer.storage.root), "checkpoint.directory")
     resume_from = checkpointer.history.find()
+    stage = stage_at(stages, checkpointer, resume_from)
     # Before the model, which may take minutes: mistakes in [data] are the most frequent.
     reader, readers = mesh.batch.get_local_rank(), mesh.batch.size()
-    validator = None
+    parts = stage.parts
     with distributed.together():
         if resume_from is None:
             check_new(config)
-        loader = build_loader(config, parts.tokenizer, parts.images, reader, readers)
-        if has_held_out_data(config):
-            validator = Validator(config, loader.rows.encoder)
-    distributed.check_alike(loader.rows.sequence | (validator.facts if validator else {}))
-    whole = build_model(parts, config)
-    freeze_parameters(whole, config.training.freeze)
-    width = parts.dims.text.hidden_size
-    model, pipeline = parallelize(whole, plan, mesh, config, width, device)
+        loader = build_loader(stage.config, parts.tokenizer, parts.images, reader, readers)
+        validators = build_validators(stages)
+    distributed.check_alike(loader.rows.sequence | facts(validators))
+    model, pipeline, whole = build(stage, mesh, device)
     fill(model, parts, config, device, fresh=resume_from is None)
-    optimizer = build_optimizer(model, config.optimizer, whole)
+    optimizer = build_optimizer(model, stage.config.optimizer, whole)
     run = Run(
-        config,
-        parts,
+        stages,
+        stage,
         output,
         checkpointer,
         model,
@@ -196,10 +201,14 @@ def prepare(config: Config) -> "Run":
         routing.all_layers(whole),
         BySource(loader.rows.mixture, device),
         Guard(config.guards, events.write),
-        validator,
+        validators,
     )
+    run.place = Place(stage.name, asleep=asleep(stage.config))
     resume(run, resume_from)
+    if resume_from is None:
+        tell(run)
     place_experts(run)
+    feature_cache.apply(model, stage.config, mesh)
     # Last, for a run that is refused must not change the one it met.
     checkpointer.history.go_back()
     if resume_from is None:
@@ -214,8 +223,8 @@ def prepare(config: Config) -> "Run":
 class Run:
     """What a step works on."""
 
-    config: Config
-    parts: Parts
+    stages: list[Stage]
+    stage: Stage  # that the run is in, and what all below are of
     output: Path
     checkpointer: Checkpointer
     model: nn.Module
@@ -227,11 +236,28 @@ class Run:
     moe_layers: routing.Layers
     sources: BySource
     guard: Guard
-    validator: Validator | None  # where there are held-out data
+    validators: dict[str, Validator | None]  # by stage; where there are held-out data
     ledger: Ledger | None = None
     step: int = 0
+    place: Place = field(default_factory=Place)
     # Samples left out since the run began, by reason.
     skipped: dict[str, int] = field(default_factory=lambda: {"bad": 0, "dropped": 0, "cut": 0})
+
+    @property
+    def config(self) -> Config:
+        return self.stage.config
+
+    @property
+    def parts(self) -> Parts:
+        return self.stage.parts
+
+    @property
+    def stage_is_over(self) -> bool:
+        return self.place.is_over(self.step, self.stage.length)
+
+    @property
+    def is_finished(self) -> bool:
+        return self.stage_is_over and self.stage is self.stages[-1]
 
 
 # ---------------------------------------------------------------------------- one step
@@ -240,7 +266,8 @@ class Run:
 def train_step(run: Run, metrics: MetricsLogger) -> None:
     """One update from `training.global_batch_size` rows, or none where the step goes wrong."""
     config = run.config.training
-    rates = set_learning_rates(run.optimizer, run.step, run.config.schedule, config.steps)
+    step, steps = run.place.schedule(run.step, run.stage.length)
+    rates = set_learning_rates(run.optimizer, step, run.config.schedule, steps)
 
     with metrics.waiting_for_data():
         count = config.global_batch_size // run.mesh.batch.size()
@@ -265,6 +292,7 @@ def train_step(run: Run, metrics: MetricsLogger) -> None:
     broken_L = routing.broken(run.model, run.moe_layers, run.device)
     signals = read_signals(loss, norm, broken_L, run.moe_layers, run.mesh)
     run.step += 1
+    run.place.count(counts)
     good = run.guard.judge(run.step, signals, rows)
     if good:
         routing.steer(run.model, run.mesh)
@@ -312,28 +340,11 @@ def global_counts(
             "mend that, the same command goes on from the newest checkpoint"
         )
     run.sources.set_counts(run.step + 1, values[len(counts) + 2 :])
-    total = sum(run.sources.counts, Counts())
-    run.skipped = {name: getattr(total, name) for name in run.skipped}
-    check_bad(run, total)
+    run.skipped = {name: getattr(run.sources.total, name) for name in run.skipped}
+    run.sources.check_bad(run.config.data.max_bad_fraction, run.loader.reasons)
     if not values[len(counts)]:
         raise run.loader.rows.mixture.ended(run.step)
     return dict(zip(counts, values, strict=False))
-
-
-def check_bad(run: Run, total: Counts) -> None:
-    """Judged on the sums over all ranks since the run began: so every rank ends it at the same
-    step, on any mesh, and a resumed run where the uninterrupted one would."""
-    limit = run.config.data.max_bad_fraction
-    if not total.too_many_bad(limit):
-        return
-    found: list[list[str]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(found, list(run.loader.reasons))  # the bad may all be another rank's
-    # Ranks that share their rows have the same reasons.
-    reasons = list(dict.fromkeys(reason for rank in found for reason in rank))[:MAX_REASONS]
-    raise DataError(
-        f"{total.bad} of {total.seen} samples are bad, more than data.max_bad_fraction = {limit} "
-        f"allows: {'; '.join(reasons) or 'the log of the run names them'}"
-    )
 
 
 def forward_backward(run: Run, batches: list[Batch], targets: float) -> Tensor:
@@ -395,20 +406,6 @@ def report_step(
     )
 
 
-def validate(run: Run, validator: Validator, metrics: MetricsLogger) -> Result:
-    """Validate and report, with some answers to look at."""
-    with metrics.pause():
-        result = validator.run(run.model, run.device)
-    kinds = result.accuracy_by_kind()
-    values = {"loss": result.loss, "exact": result.accuracy}
-    values |= {f"exact/{kind}": value for kind, value in kinds.items() if len(kinds) > 1}
-    metrics.report(run.step, values)
-    for answer in result.answers[: run.config.eval.show]:
-        mark = "right" if answer.right else f"expected {answer.expected!r}"
-        metrics.print(f"      {answer.question} -> {answer.given!r} ({mark})")
-    return result
-
-
 # ---------------------------------------------------------------------------- save, resume, export
 
 
@@ -418,7 +415,7 @@ def save(run: Run, must: bool = True) -> None:
         run.ledger.sync()
     counters = {name: counter.cpu() for name, counter in routing.counters(run.model).items()}
     state = {"loader": run.loader.state_dict(), "routing": counters}
-    state |= {"guard": run.guard.state_dict()}
+    state |= {"guard": run.guard.state_dict(), "stage": run.place.state_dict()}
     run.checkpointer.save(run.step, run.model, run.optimizer, state, must)
 
 
@@ -435,7 +432,7 @@ def resume(run: Run, step: int | None) -> None:
         for rank in ranks:
             routing.add_counters(run.model, rank["routing"])
     run.guard.load_state_dict(ranks[0].get("guard"))
-    run.step = step
+    run.step, run.place = step, Place(**ranks[0].get("stage", {}))
     events.write("resume", step=step, mesh=dict(run.mesh.degrees), ranks_saved=len(ranks))
     logger.info("resumed at step %d", step)
 
@@ -445,8 +442,11 @@ def roll_back(run: Run) -> None:
     before, checkpoint = run.guard.state, run.checkpointer.newest()
     run.guard.check_rollback(checkpoint)
     routing.forget(run.model)
+    if (stage := stage_at(run.stages, run.checkpointer, checkpoint)) is not run.stage:
+        enter(run, stage)
     resume(run, checkpoint)
     place_experts(run)
+    feature_cache.apply(run.model, run.config, run.mesh)
     run.guard.rolled_back(before, checkpoint)
     open_ledger(run)
 

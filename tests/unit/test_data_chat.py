@@ -1,11 +1,13 @@
 """Encoding: what is trained on, where pictures stand, and what is refused."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from titan_vlm.data.chat import Encoder
-from titan_vlm.data.images import VisualSpec
+from titan_vlm.data.images import VisualSpec, image_grid, prepare_image
 from titan_vlm.data.packing import cut_sample
 from titan_vlm.data.sample import ImageRef, RawSample, VideoRef, image_part, text_part, video_part
 from titan_vlm.data.tokenizer import load_tokenizer
@@ -102,6 +104,31 @@ def test_positions_of_text_and_pictures_follow_the_grid(encoder):
         [at, at + 1, at + 2] * 2,
     ]
     assert sample.positions_3L[:, end].tolist() == [at + 3] * 3  # the longer side is 3
+
+
+def test_a_model_with_positions_in_one_dimension_counts_visual_tokens_as_text():
+    plain = Encoder(load_tokenizer(), replace(SPEC, positions="1d"))
+    sample = encode(plain, conversation([image_part(picture(96, 64)), text_part("!")], "ok"))
+    assert sample.positions_3L.tolist() == [list(range(len(sample)))] * 3
+
+
+def test_a_frame_has_as_many_tokens_as_the_model_makes_of_any():
+    fixed = Encoder(load_tokenizer(), replace(SPEC, tokens=7, positions="1d"))
+    clip = video_part(VideoRef("clip", [picture(64, 64) for _ in range(6)], fps=2.0))
+    sample = encode(fixed, conversation([image_part(picture()), image_part(picture(96, 96))], "ok"))
+    assert [v.end - v.start for v in sample.visuals] == [7, 7]
+    assert [v.grid for v in sample.visuals] == [(1, 2, 4), (1, 6, 6)]  # patches stay as they were
+    sample = encode(fixed, conversation([clip, text_part("What?")], "ok"))
+    assert sample.visual_L.sum() == 3 * 7
+
+
+@pytest.mark.parametrize(("width", "height"), [(64, 32), (10, 500), (3000, 2000)])
+def test_square_pictures_are_as_large_as_the_limit_allows(width, height):
+    spec = replace(SPEC, max_pixels=100 * 100, square=True, merge_size=1, temporal_patch_size=1)
+    grid = image_grid(width, height, spec)
+    assert grid == (1, 6, 6)
+    assert prepare_image(picture(width, height).load_rgb(), grid, spec).shape == (36, 768)
+    assert image_grid(width, height, replace(spec, max_pixels=9)) == (1, 1, 1)
 
 
 def test_video_is_announced_by_the_time_of_each_pair_of_frames(encoder):

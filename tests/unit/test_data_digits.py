@@ -1,10 +1,12 @@
 """The demo: real digits, split by scan, a pure function of (seed, split, index)."""
 
+import re
 from collections import Counter
 
 import numpy as np
 import pytest
 
+from tests.small_run import small_config
 from titan_vlm.data.digits import CELL, KIND_CYCLE, SCANS, TRAIN_SCANS, DigitsSource
 from titan_vlm.errors import ConfigError
 
@@ -80,6 +82,34 @@ def test_answers_are_right_for_every_kind(validation):
             assert flat[0] != flat[1]
         assert answer == str(expected) == raw.messages[1]["content"][0]["text"]
     assert set(kinds) == set(KIND_CYCLE)
+
+
+def test_a_source_of_some_kinds_asks_them_in_turn(validation):
+    source = DigitsSource("validation", seed=0, kinds=["row", "words", "between"])
+    assert len(source) == 3 * len(validation.scans)
+    labels = {id(scan): y for scan, y in zip(source.scans, source.labels, strict=True)}
+    kinds = [source[k].meta["kind"] for k in range(6)]
+    assert kinds == ["row", "words", "between"] * 2
+    for index in range(1, 90, 3):
+        words, between = source[index], source[index + 1]
+        (part,) = words.messages[0]["content"]
+        digits = re.match(r"[\d ]+", part["text"])[0]
+        shown = [int(digit) for digit in digits.split()]
+        row = "".join(map(str, shown))
+        expected = {str(sum(shown)), str(max(shown)), row} if len(shown) == 2 else {row}
+        assert words.meta["answer"] in expected
+        parts = between.messages[0]["content"]
+        assert [p["type"] for p in parts] == ["image", "text"] * (len(parts) // 2) + ["image"]
+        scans = [p["image"].open.args[0][0][0] for p in parts if p["type"] == "image"]
+        assert between.meta["answer"] == str(sum(labels[id(s)] for s in scans))
+        assert {p["text"] for p in parts if p["type"] == "text"} == {" plus "}
+
+
+def test_kinds_are_for_the_digits_alone(tmp_path):
+    with pytest.raises(ConfigError, match=r'data.kinds: expected none for source = "openai"'):
+        small_config(tmp_path, data__source="openai", data__path="x", data__kinds="row")
+    with pytest.raises(ConfigError, match="data.kinds: expected list of which|sum"):
+        small_config(tmp_path, data__kinds="rows")
 
 
 def test_an_epoch_shows_every_scan_once_to_every_place_of_the_cycle(validation):

@@ -155,6 +155,7 @@ def source_figures(output):
     }
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_on_other_meshes_ledger_and_figures_are_those_of_one_process(
     world, tmp_path, mixed
 ):
@@ -203,7 +204,7 @@ def test_a_run_whose_epochs_are_read_ends_saved_and_goes_on_with_more(tmp_path, 
     assert error.startswith(
         f"error: after step {step} every source is through its epochs (a 1 x 23, b 1 x 7 samples); "
     )
-    assert error.endswith(f"or set training.steps = {step}")
+    assert error.endswith(f"or end the run (or its stage) there: training.steps = {step}")
     assert (tmp_path / "checkpoints" / f"step-{step:06d}").exists()
     used = [i for s in read_ledger(tmp_path).values() for r in s.rows for i in r]
     assert sorted(used) == sorted([f"a:0:{k}" for k in range(23)] + [f"b:0:{k}" for k in range(6)])
@@ -248,6 +249,9 @@ def test_the_end_of_a_source_is_told_with_its_step_once_and_whether_others_are_l
     assert told(3, 10, 8) == ["step 3: source a is read to its end (1 x 10 samples); none is left"]
     sources.counts = [Counts(seen=9), Counts(seen=7)]  # rolled back
     assert told(2, 10, 8) == []
+    sources = BySource(Mixture([Member("a", range(10), limit=4), members[1]]), torch.device("cpu"))
+    gone = "step 5: source a is read to its end (4 samples); its share goes to the others"
+    assert told(5, 4, 7) == [gone]
 
 
 def test_a_name_that_no_new_run_may_have_does_not_stop_one_that_has_it(tmp_path, mixed, capfd):

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from tests.small_run import curve, run, run_killed
-from titan_vlm.config import Config, Data, Training
+from titan_vlm.config import Config, Training
 from titan_vlm.data.chat import Encoder
+from titan_vlm.data.config import Data
 from titan_vlm.data.images import visual_spec
 from titan_vlm.data.loader import PackedRows, RowLoader, build_loader, merge_states
 from titan_vlm.data.mixture import Member, Mixture

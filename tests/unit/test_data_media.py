@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from titan_vlm.config import Data
+from titan_vlm.data.config import Data
 from titan_vlm.data.images import VisualSpec
 from titan_vlm.data.sample import ImageRef, VideoRef
 from titan_vlm.data.sources import build_source

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from titan_vlm.config import Data, Source
 from titan_vlm.data.chat import Encoder, Sample
+from titan_vlm.data.config import Data, Source
 from titan_vlm.data.images import visual_spec
 from titan_vlm.data.loader import PackedRows, RowLoader, merge_states
 from titan_vlm.data.mixture import EpochOrder, Member, Mixture, Turns, build_mixture
@@ -317,15 +317,17 @@ def test_resumed_at_a_row_in_which_an_epoch_begins_the_rows_are_the_same(whole, 
         assert_same([next(again) for _ in range(6)], rows[i : i + 6])
 
 
-def test_a_source_through_its_epochs_leaves_its_share_to_the_others_in_proportion(tokenizer):
+@pytest.mark.parametrize("end", [{"epochs": 1}, {"limit": 11}, {"epochs": 3, "limit": 5}])
+def test_a_source_at_its_end_leaves_its_share_to_the_others_in_proportion(tokenizer, end):
     members = [
         Member("a", Numbers("a", 40), 0.3),
         Member("b", Numbers("b", 40), 0.1),
-        Member("c", Numbers("c", 8), 0.6, epochs=1),
+        Member("c", Numbers("c", 8), 0.6, **end),
     ]
+    assert members[2].extent == {1: "1 x 8", 0: "11", 3: "5"}[end.get("epochs", 0)]
     alone = loader(tokenizer, Mixture(members, 0, "samples"))
     names = [id[0] for _ in range(120) for id in next(alone).sample_ids]
-    assert names.count("c") == 8 and "c" not in names[60:]
+    assert names.count("c") == end.get("limit", 8) and "c" not in names[60:]
     after = Counter(names[60:])
     assert after["a"] / (after["a"] + after["b"]) == pytest.approx(0.75, abs=0.02)
 
@@ -355,7 +357,7 @@ def test_every_token_of_a_batch_knows_its_source(tokenizer):
 def test_when_all_epochs_are_read_every_sample_was_met_and_rows_are_empty(tokenizer):
     members = [
         Member("a", Numbers("a", 29, bad={7}), 3, epochs=2),
-        Member("b", Numbers("b", 3), 1, epochs=4),
+        Member("b", Numbers("b", 3), 1, limit=12),
     ]
     alone = loader(tokenizer, Mixture(members, 0, "samples"), workers=2)
     rows = [next(alone) for _ in range(60)]

@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from titan_vlm.config import Config, Data, Eval
+from titan_vlm.config import Config, Eval
 from titan_vlm.data.chat import Encoder
+from titan_vlm.data.config import Data
 from titan_vlm.data.images import visual_spec
 from titan_vlm.data.sources import build_held_out, build_source
 from titan_vlm.data.tokenizer import load_tokenizer

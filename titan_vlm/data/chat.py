@@ -11,7 +11,7 @@ comes after is the turn. A template that rewrites earlier turns is refused rathe
 
 Positions are M-RoPE's (time, height, width): text counts up by one in all three, a picture spans
 its grid from where the text stands, and text goes on after its longer side; every pair of video
-frames is a picture of its own.
+frames is a picture of its own. A model with positions = "1d" counts visual tokens as text.
 
 Shapes: `L` tokens of one sample.
 """
@@ -199,6 +199,8 @@ class Encoder:
         set_ranges(visuals, starts.tolist(), ends[holes].tolist())
         for visual in visuals:
             visual.opening, visual.closing = self._surround(tokens_L, visual)
+        if self.spec.positions == "1d":
+            starts, sizes = starts[:0], []
         positions_3L = rope_positions(len(tokens_L), starts.tolist(), sizes)
         return Sample(
             raw.id, raw.origin, tokens_L, labels_L, positions_3L, visual_L, visuals, raw.meta
@@ -219,10 +221,7 @@ class Encoder:
         """(height, width) in tokens of every placeholder, in order; their kinds must agree."""
         wanted, sizes = [], []
         for visual in visuals:
-            merged = (
-                visual.grid[1] // self.spec.merge_size,
-                visual.grid[2] // self.spec.merge_size,
-            )
+            merged = self.spec.frame_tokens(visual.grid)
             pad = self.ids.image if visual.plan is None else self.ids.video
             wanted += [pad] * visual.grid[0]
             sizes += [merged] * visual.grid[0]

@@ -11,6 +11,11 @@ and distortion in each.
     row      one wide picture of 2 to 5      Read the row of digits.              3062
     count    one picture of 2 x 2 or 1 x 4   How many times is the digit 4 here?  2
 
+and, where a source names its kinds (data.sources[n].kinds),
+
+    between  pictures between words          [3] plus [4] plus [1]                8
+    words    no picture                      3 4 Add the two digits.              7
+
 Slot i of an epoch has kind KIND_CYCLE[i % C]; over an epoch the first digit of each of the C kinds
 walks through all scans, each from its own start, so that even a few slots show many scans.
 Pictures are drawn only when a row is emitted.
@@ -18,6 +23,7 @@ Pictures are drawn only when a row is emitted.
 
 import math
 import random
+from collections.abc import Sequence
 from functools import lru_cache, partial
 
 import numpy as np
@@ -30,6 +36,8 @@ CELL = 32  # pixels of one digit's side: one visual token at patch 16, merge 2
 TRAIN_SCANS = 1500
 SCANS = 1797
 KIND_CYCLE = ("which", "sum", "row", "larger", "which", "count", "row", "sum")
+
+KINDS = (*dict.fromkeys(KIND_CYCLE), "between", "words")
 
 PHRASINGS = {
     "which": ("Which digit is this?", "What digit do you see?", "Name the digit."),
@@ -53,14 +61,16 @@ PHRASINGS = {
 
 
 class DigitsSource:
-    """`source[i]` for any i >= 0; see the module's text."""
+    """`source[i]` for any i >= 0; see the module's text. `kinds` of questions, in turn; by default
+    those of `KIND_CYCLE`."""
 
-    def __init__(self, split: str, seed: int, cell: int = CELL):
+    def __init__(self, split: str, seed: int, cell: int = CELL, kinds: Sequence[str] = ()):
         if split not in ("train", "validation"):
             raise ConfigError(
                 f'data.split: the digits have "train" and "validation", not "{split}"'
             )
         self.split, self.seed, self.cell = split, seed, cell
+        self.cycle = tuple(kinds) or KIND_CYCLE
         pixels, labels = load_scans()
         # The split is a fact of the demo, not of the run: it never depends on the run's seed.
         order = random.Random("digits split").sample(range(SCANS), SCANS)
@@ -69,21 +79,25 @@ class DigitsSource:
         self.labels = [int(labels[k]) for k in mine]
 
     def __len__(self) -> int:
-        return len(self.scans) * len(KIND_CYCLE)
+        return len(self.scans) * len(self.cycle)
 
     def __getitem__(self, index: int) -> RawSample:
         rng = random.Random(f"{self.seed}/{self.split}/{index}")
         slot = index % len(self)
-        step, place = divmod(slot, len(KIND_CYCLE))
-        kind = KIND_CYCLE[place]
-        first = (step + place * len(self.scans) // len(KIND_CYCLE)) % len(self.scans)
-        layouts, question, answer = self._compose(kind, first, rng)
-        images = [self._image(layout, rng) for layout in layouts]
+        step, place = divmod(slot, len(self.cycle))
+        kind = self.cycle[place]
+        first = (step + place * len(self.scans) // len(self.cycle)) % len(self.scans)
+        if kind in ("between", "words"):
+            parts, question, answer = getattr(self, f"_{kind}")(first, rng)
+        else:
+            layouts, question, answer = self._compose(kind, first, rng)
+            images = [self._image(layout, rng) for layout in layouts]
+            parts = [*map(image_part, images), text_part(question)]
         return RawSample(
             id=f"digits/{self.split}/{index}",
             origin=f"digits/{self.split}:{index}",
             messages=[
-                {"role": "user", "content": [*map(image_part, images), text_part(question)]},
+                {"role": "user", "content": parts},
                 {"role": "assistant", "content": [text_part(answer)]},
             ],
             meta={"kind": kind, "answer": answer, "question": question},
@@ -107,6 +121,21 @@ class DigitsSource:
         values = [self.labels[k] for k in pair]
         answer = sum(values) if kind == "sum" else max(values)
         return [[[pair[0]]], [[pair[1]]]], question, str(answer)
+
+    def _between(self, first: int, rng: random.Random) -> tuple[list[dict], str, str]:
+        """Pictures between words: two or three digits to add."""
+        several = [first, *self._draw(rng, rng.randint(1, 2))]
+        parts = [image_part(self._image([[k]], rng)) for k in several]
+        for place in range(len(parts) - 1, 0, -1):
+            parts.insert(place, text_part(" plus "))
+        return parts, "plus", str(sum(self.labels[k] for k in several))
+
+    def _words(self, first: int, rng: random.Random) -> tuple[list[dict], str, str]:
+        """The question without its pictures: the digits in words before it."""
+        kind = rng.choice(("which", "sum", "larger", "row"))
+        layouts, question, answer = self._compose(kind, first, rng)
+        digits = " ".join(str(self.labels[k]) for rows in layouts for row in rows for k in row)
+        return [text_part(f"{digits} {question}")], question, answer
 
     def _compose_count(self, first: int, question: str, rng: random.Random):
         four = [first, *self._draw(rng, 3)]

@@ -22,11 +22,12 @@ Shapes: `N` patches, `C` values of a patch = 3 colours x temporal x patch x patc
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from titan_vlm.config import Data
+from titan_vlm.data.config import Data
 from titan_vlm.errors import DataError
 
 MAX_ASPECT_RATIO = 200
@@ -35,7 +36,13 @@ MEAN = STD = 0.5
 
 @dataclass(frozen=True)
 class VisualSpec:
-    """How pictures become patches: the model's geometry and the run's limits on pixels."""
+    """How pictures become patches and tokens: the model's geometry, the run's limits on pixels.
+
+    square      all pictures become squares of one size, the largest that max_pixels allows
+    tokens      visual tokens of a frame, where the model makes as many of any; 0: a token for each
+                merge_size x merge_size patches
+    positions   of visual tokens: "mrope", by their place in the picture, or "1d", as of text
+    """
 
     min_pixels: int
     max_pixels: int
@@ -45,6 +52,9 @@ class VisualSpec:
     patch_size: int = 16
     merge_size: int = 2
     temporal_patch_size: int = 2
+    square: bool = False
+    tokens: int = 0
+    positions: str = "mrope"
 
     @property
     def factor(self) -> int:
@@ -56,18 +66,17 @@ class VisualSpec:
         """C: the values of one patch."""
         return 3 * self.temporal_patch_size * self.patch_size**2
 
+    def frame_tokens(self, grid: tuple[int, int, int]) -> tuple[int, int]:
+        """(height, width) in tokens of a frame."""
+        if self.tokens:
+            return 1, self.tokens
+        return grid[1] // self.merge_size, grid[2] // self.merge_size
 
-def visual_spec(
-    data: Data, patch_size: int = 16, merge_size: int = 2, temporal_patch_size: int = 2
-) -> VisualSpec:
-    """The spec of a run: `data` is the `[data]` section, the sizes are the model's."""
+
+def visual_spec(data: Data, **model: Any) -> VisualSpec:
+    """The spec of a run: `data` is the `[data]` section, `model` what the model asks for."""
     limits = ("min_pixels", "max_pixels", "video_min_pixels", "video_max_pixels", "video_fps")
-    return VisualSpec(
-        **{name: getattr(data, name) for name in limits},
-        patch_size=patch_size,
-        merge_size=merge_size,
-        temporal_patch_size=temporal_patch_size,
-    )
+    return VisualSpec(**{name: getattr(data, name) for name in limits}, **model)
 
 
 def smart_resize(width: int, height: int, spec: VisualSpec) -> tuple[int, int]:
@@ -78,6 +87,9 @@ def smart_resize(width: int, height: int, spec: VisualSpec) -> tuple[int, int]:
             f"image of {width} x {height}: aspect ratio {ratio:.0f}, at most {MAX_ASPECT_RATIO}"
         )
     factor = spec.factor
+    if spec.square:
+        side = max(factor, math.isqrt(spec.max_pixels) // factor * factor)
+        return side, side
     new_w, new_h = round(width / factor) * factor, round(height / factor) * factor
     if new_h * new_w > spec.max_pixels:
         shrink = math.sqrt(height * width / spec.max_pixels)

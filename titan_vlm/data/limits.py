@@ -11,7 +11,7 @@ import stat
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
-from titan_vlm.config import Data
+from titan_vlm.data.config import Data
 from titan_vlm.errors import DataError
 
 

@@ -38,12 +38,21 @@ MAX_REASONS = 3  # examples that an error shows of what is bad
 
 
 def build_loader(
-    config, tokenizer, spec: VisualSpec, dp_rank: int = 0, dp_size: int = 1
+    config,
+    tokenizer,
+    spec: VisualSpec,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+    opened: Mixture | None = None,
 ) -> "RowLoader":
-    """The endless training rows of one rank, as `[data]`, `[training]` and `run.seed` say."""
+    """The endless training rows of one rank, as `[data]`, `[training]` and `run.seed` say.
+
+    Args:
+        opened: of another stage of the run, which has the same sources.
+    """
     data = config.data
     rows = PackedRows(
-        build_mixture(data, config.run.seed),
+        build_mixture(data, config.run.seed, opened),
         Encoder(tokenizer, spec),
         seq_len=config.training.seq_len,
         virtual_shards=data.virtual_shards,
@@ -127,6 +136,13 @@ class RowLoader:
         self.ended = 0
         self.reasons.clear()
         return total_counts(state[SHARDS], len(self.counts_of))
+
+    def go_on_from(self, before: "RowLoader") -> None:
+        """Take over the sequence of samples from the loader of the stage before: nothing is lost
+        or seen twice, and what waits in a window is encoded again under the new settings."""
+        state = before.state_dict()
+        before.close()
+        self.load_state_dict(state | {"sequence": self.rows.sequence})
 
     def close(self) -> None:
         """Ends the workers."""

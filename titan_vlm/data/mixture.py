@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from titan_vlm.config import Data, Samples
+from titan_vlm.data.config import Data, Samples
 from titan_vlm.data.sources import build_source
 from titan_vlm.errors import ConfigError, DataEnded, DataError
 
@@ -42,8 +42,9 @@ class Member:
     """One source of a mixture.
 
     source   its samples: `len(source)`, and `source[i]` for any i >= 0 (data/sources)
-    weight   its share, relative to the other members'
+    weight   its share, relative to the other members'; 0: it is off
     epochs   times it is read; 0: for ever
+    limit    samples that are read of it at most, in all epochs; 0: no limit
     path     where it lies, for messages
     """
 
@@ -52,6 +53,18 @@ class Member:
     weight: float = 1.0
     epochs: int = 0
     path: str = ""
+    limit: int = 0
+
+    @property
+    def end(self) -> float:
+        """Samples until it is read to its end."""
+        return min(self.epochs * len(self.source) or math.inf, self.limit or math.inf)
+
+    @property
+    def extent(self) -> str:
+        """That number, as a message says it."""
+        epochs = f"{self.epochs} x {len(self.source)}"
+        return epochs if self.end == self.epochs * len(self.source) else str(self.limit)
 
 
 class Mixture:
@@ -79,16 +92,17 @@ class Mixture:
         return f"{self.members[member].name}:{epoch}:{number}"
 
     def end(self, member: int) -> float:
-        """The position behind the last of the epochs of a member."""
-        return self.members[member].epochs * self.orders[member].size or float("inf")
+        """The position behind the last that is read of a member."""
+        return self.members[member].end
 
     def ended(self, step: int) -> DataEnded:
         """The error of a run that has read all, in its first `step` steps."""
-        read = ", ".join(f"{m.name} {m.epochs} x {len(m.source)}" for m in self.members)
+        on = [member for member in self.members if member.weight]
+        read = ", ".join(f"{member.name} {member.extent}" for member in on)
         return DataEnded(
             f"after step {step} every source is through its epochs ({read} samples); raise "
-            f"data.sources[0].epochs or another's and start again, which goes on from here, or set "
-            f"training.steps = {step}"
+            f"data.sources[0].epochs (or limit) or another's and start again, which goes on from "
+            f"here, or end the run (or its stage) there: training.steps = {step}"
         )
 
     # ------------------------------------------------------------------------ resuming
@@ -151,7 +165,7 @@ class Turns:
             self._pay(self._most_due(shares, 1), shares, 1)
 
     def next(self) -> tuple[int, int] | None:
-        """(member, position) of the next sample; None where every member is through its epochs."""
+        """(member, position) of the next sample; None where every member is at its end."""
         shares = self.shares()
         if not shares:
             return None
@@ -181,10 +195,11 @@ class Turns:
         self.credits[member] -= amount
 
     def shares(self) -> dict[int, float]:
-        """By member, of those that are not through their epochs."""
-        left = [k for k, at in enumerate(self.cursors) if at < self.mixture.end(k)]
-        total = sum(self.mixture.members[k].weight for k in left)
-        return {k: self.mixture.members[k].weight / total for k in left}
+        """By member, of those that are on and not at their end."""
+        members, cursors = self.mixture.members, enumerate(self.cursors)
+        left = [k for k, at in cursors if at < self.mixture.end(k) and members[k].weight]
+        total = sum(members[k].weight for k in left)
+        return {k: members[k].weight / total for k in left}
 
     def state_dict(self) -> dict:
         return {
@@ -198,15 +213,19 @@ class Turns:
         self.samples, self.amount = state["taken"]
 
 
-def build_mixture(data: Data, seed: int) -> Mixture:
+def build_mixture(data: Data, seed: int, opened: Mixture | None = None) -> Mixture:
     """The sources to train on, as `[data]` and its `[[data.sources]]` say.
+
+    Args:
+        opened: a mixture of the same sources, with other weights.
 
     Raises:
         ConfigError: a source cannot be opened; in the names of its own table.
         DataError: a source has no samples.
     """
+    sources = [member.source for member in opened.members] if opened else []
     if not data.sources:
-        source = build_source(data, data.split, seed)
+        source = sources[0] if opened else build_source(data, data.split, seed)
         check_not_empty(source, "data", data)
         return Mixture([Member(data.source, source, path=data.path)], seed)
     members = []
@@ -214,19 +233,22 @@ def build_mixture(data: Data, seed: int) -> Mixture:
         try:
             # Its own keys, and what [data] says of all, such as limits.
             own = {field.name: getattr(table, field.name) for field in fields(Samples)}
-            source = build_source(replace(data, **own), table.split, seed)
+            source = sources[k] if opened else build_source(replace(data, **own), table.split, seed)
         except ConfigError as error:
             where = rf"data.sources[{k}].\1"
             raise ConfigError(re.sub(r"^data\.(\w+)", where, str(error))) from error
         check_not_empty(source, f"data.sources[{k}]", table)
         weight = table.weight or len(source) ** (1 / data.mixture_temperature)
-        members.append(Member(table.name, source, weight, table.epochs, table.path))
+        weight = 0.0 if table.off else weight
+        members.append(Member(table.name, source, weight, table.epochs, table.path, table.limit))
     mixture = Mixture(members, seed, data.mixture_by)
     total = sum(member.weight for member in members)
     for member in members:
         share, size = member.weight / total, len(member.source)
+        until = "" if member.end == math.inf else f" until {member.extent} samples are read"
         logger.info(
-            "source %s: %d samples, %.1f %% of %s", member.name, size, 100 * share, mixture.by
+            "source %s: %d samples, %.1f %% of %s%s",
+            *(member.name, size, 100 * share, mixture.by, until),
         )
     return mixture
 

@@ -136,10 +136,7 @@ class Shard:
             return True
         kept = self._fit(sample)
         if kept is None:
-            counts.dropped += 1
-            self.skipped.append(sample.id)
-            reason = f"{sample.origin}: {len(sample)} tokens, training.seq_len = {self.seq_len}"
-            logger.info("dropped %s", reason)
+            reason = self._drop(member, sample)
             self._go_without(f"{reason}: raise it, or lower data.max_pixels")
             return True
         counts.cut += kept is not sample
@@ -152,6 +149,14 @@ class Shard:
         if len(sample) <= self.seq_len:
             return sample
         return cut_sample(sample, self.seq_len) if self.overlong == "cut" else None
+
+    def _drop(self, member: int, sample: Sample) -> str:
+        """Count, name and log it; returns why."""
+        self.counts[member].dropped += 1
+        self.skipped.append(sample.id)
+        reason = f"{sample.origin}: {len(sample)} tokens, training.seq_len = {self.seq_len}"
+        logger.info("dropped %s", reason)
+        return reason
 
     def _go_without(self, reason: str) -> None:
         """Raises rather than search a source for ever in which nothing can be used."""
@@ -189,15 +194,18 @@ class Shard:
         }
 
     def load_state_dict(self, state: dict) -> None:
+        """What was pending is encoded again. Where settings have changed in between (another stage
+        of a curriculum) it may have become too long and is dropped, or is cut another way."""
         self.turns.load_state_dict(state)
         self.counts = [Counts(*counts) for counts in state["counts"]]
         self.pending.clear()
         for member, position in state["pending"]:
             sample = self._encode(member, position)
-            if sample is not None and len(sample) > self.seq_len:
-                sample = cut_sample(sample, self.seq_len)  # as it was when it came into the window
-            if sample is not None:
-                self.pending.append((member, position, sample))
+            kept = self._fit(sample) if sample is not None else None
+            if kept is not None:
+                self.pending.append((member, position, kept))
+            elif sample is not None:
+                self._drop(member, sample)
 
 
 def cut_sample(sample: Sample, length: int) -> Sample | None:

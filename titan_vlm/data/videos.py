@@ -107,6 +107,9 @@ def smart_resize_video(
     ratio = max(height, width) / min(height, width)
     if ratio > MAX_ASPECT_RATIO:
         raise DataError(f"{name}: aspect ratio {ratio:.0f}, at most {MAX_ASPECT_RATIO}")
+    if spec.square:
+        side = max(factor, math.isqrt(spec.max_pixels) // factor * factor)
+        return side, side
     new_h, new_w = round(height / factor) * factor, round(width / factor) * factor
     volume = round(frames / temporal) * temporal * new_h * new_w
     if volume > spec.video_max_pixels:

@@ -7,7 +7,9 @@ every rank knows the same result.
 import hashlib
 import logging
 from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +25,9 @@ from titan_vlm.data.sources import build_held_out
 from titan_vlm.data.sources.hf import has_split
 from titan_vlm.errors import ConfigError, DataError
 from titan_vlm.inference.generate import Prompt, greedy
+from titan_vlm.stages import Stage
 from titan_vlm.training.loss import chunked_cross_entropy
+from titan_vlm.training.metrics import MetricsLogger
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +63,41 @@ class Result:
         for answer in self.answers:
             kinds[answer.kind].append(answer.right)
         return {kind: sum(right) / len(right) for kind, right in sorted(kinds.items())}
+
+    def report(self, step: int, metrics: MetricsLogger, show: int) -> None:
+        """With some answers to look at."""
+        kinds = self.accuracy_by_kind()
+        values = {"loss": self.loss, "exact": self.accuracy}
+        values |= {f"exact/{kind}": value for kind, value in kinds.items() if len(kinds) > 1}
+        metrics.report(step, values)
+        for answer in self.answers[:show]:
+            mark = "right" if answer.right else f"expected {answer.expected!r}"
+            metrics.print(f"      {answer.question} -> {answer.given!r} ({mark})")
+
+
+def build_validators(stages: Iterable[Stage]) -> dict[str, "Validator | None"]:
+    """By stage of the run; all at start, so that what is refused is refused then."""
+    found: dict[str, Validator | None] = {}
+    for stage in stages:
+        encoder = Encoder(stage.parts.tokenizer, stage.parts.images)
+        try:
+            held_out = has_held_out_data(stage.config)
+            found[stage.name] = Validator(stage.config, encoder) if held_out else None
+        except DataError as error:
+            if not stage.name:
+                raise
+            raise DataError(f'stage "{stage.name}": {error}') from error
+    return found
+
+
+def facts(validators: Mapping[str, "Validator | None"]) -> dict[str, Any]:
+    """Of the held-out samples of every stage: what must be the same on all ranks."""
+    return {
+        f"{fact} of stage {stage}" if stage else fact: value
+        for stage, validator in validators.items()
+        if validator
+        for fact, value in validator.facts.items()
+    }
 
 
 class Validator:

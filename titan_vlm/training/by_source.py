@@ -5,14 +5,17 @@ the source of each token's document; no token is computed twice. It is taken on 
 """
 
 import logging
-import math
+from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from titan_vlm import distributed, events
-from titan_vlm.data.mixture import Member, Mixture
+from titan_vlm.data.loader import MAX_REASONS
+from titan_vlm.data.mixture import Mixture
 from titan_vlm.data.packing import Counts
+from titan_vlm.errors import DataError
 from titan_vlm.mesh import Mesh
 from titan_vlm.models.inputs import Batch
 from titan_vlm.training.loss import Tally
@@ -38,16 +41,44 @@ class BySource:
             Counts(*map(int, values[k * share : (k + 1) * share])) for k in range(len(self.names))
         ]
         for member, was, now in zip(self.members, before, self.counts, strict=True):
-            if was.seen < end_of(member) <= now.seen and member.name not in self.told:
+            if was.seen < member.end <= now.seen and member.name not in self.told:
                 self.told.add(member.name)
                 others = zip(self.members, self.counts, strict=True)
-                goes_on = any(counts.seen < end_of(other) for other, counts in others)
+                goes_on = any(x.weight and counts.seen < x.end for x, counts in others)
                 logger.info(
-                    "step %d: source %s is read to its end (%d x %d samples); %s",
-                    *(step, member.name, member.epochs, len(member.source)),
+                    "step %d: source %s is read to its end (%s samples); %s",
+                    *(step, member.name, member.extent),
                     "its share goes to the others" if goes_on else "none is left",
                 )
                 events.write("source_end", step=step, source=member.name)
+
+    @property
+    def total(self) -> Counts:
+        """Of all sources."""
+        return sum(self.counts, Counts())
+
+    def check_bad(self, limit: float, reasons: Iterable[str]) -> None:
+        """Judged on the sums over all ranks since the run began: so every rank ends it at the same
+        step, on any mesh, and a resumed run where the uninterrupted one would.
+
+        Args:
+            limit: `data.max_bad_fraction`.
+            reasons: why the last bad samples of this rank are.
+
+        Raises:
+            DataError: more are bad.
+        """
+        total = self.total
+        if not total.too_many_bad(limit):
+            return
+        found: list[list[str]] = [[]] * dist.get_world_size()
+        dist.all_gather_object(found, list(reasons))  # the bad may all be another rank's
+        # Ranks that share their rows have the same reasons.
+        named = list(dict.fromkeys(reason for rank in found for reason in rank))[:MAX_REASONS]
+        raise DataError(
+            f"{total.bad} of {total.seen} samples are bad, more than data.max_bad_fraction = "
+            f"{limit} allows: {'; '.join(named) or 'the log of the run names them'}"
+        )
 
     def tally(self, batch: Batch) -> Tally | None:
         """For the loss of a micro-batch, on the rank that computes it."""
@@ -71,11 +102,6 @@ class BySource:
             found[name] = {"loss": losses[k] / targets[k]} if targets[k] else {}
             found[name] |= {"samples": counts.samples, "tokens": counts.tokens, "bad": counts.bad}
         return found
-
-
-def end_of(member: Member) -> float:
-    """Samples until a source is read to its end."""
-    return member.epochs * len(member.source) or math.inf
 
 
 def source_of_tokens(batch: Batch) -> Tensor:

@@ -278,6 +278,14 @@ class Checkpointer:
         names = self.storage.reader(folder_name(step)).read_metadata().state_dict_metadata
         return {name.removeprefix("model.") for name in names if name.startswith("model.")}
 
+    def read(self, step: int) -> list[dict[str, Any]]:
+        """The `train` of each rank that saved; nothing is restored."""
+        reader = self.storage.reader(folder_name(step))
+        saved = reader.read_metadata().state_dict_metadata
+        state = {"train": {f"rank{rank}": b"" for rank in range(_ranks(saved))}}
+        dcp.load(state, storage_reader=reader, **self.ranks.for_dcp)
+        return [unpack(packed)["caller"] for packed in state["train"].values()]
+
     def load(
         self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> list[dict[str, Any]]:

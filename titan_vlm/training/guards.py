@@ -137,6 +137,10 @@ class Guard:
             name: getattr(state, name) for name in ("skipped_steps", "passed_rows", "rollbacks")
         }
 
+    def begin_stage(self) -> None:
+        """From now on a loss or norm is compared with those of this stage alone."""
+        self.state.losses, self.state.norms = [], []
+
     # ------------------------------------------------------------------------ a step
 
     def take(self, loader: RowLoader, count: int) -> list[Row]:

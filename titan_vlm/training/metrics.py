@@ -12,7 +12,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,21 +61,25 @@ class MetricsLogger:
         silent: bool = False,
         pp_ranks: int = 1,
         branches: dict[str, str] | None = None,
+        ends: Collection[int] = (),
     ):
         """Reports to the console and to files in `directory`.
 
         Args:
+            total_steps: of the run; 0: nobody knows.
             start_step: steps already done. What an earlier process reported after it is dropped
                 from the files: those steps are about to run again.
             world_size: devices that share the work; MFU is per device.
             silent: write and print nothing, as every rank but the first does.
             pp_ranks: of a pipeline; each has some of the layers.
             branches: of each MoE layer: "text", "vision" or "projector".
+            ends: further steps that are reported, the last ones of stages.
         """
         self.directory = Path(directory)
         self.config, self.total_steps, self.device = config, total_steps, device
         self.peak_tflops = world_size * (config.peak_tflops or known_peak(device))
         self.silent, self.pp_ranks, self.branches = silent, pp_ranks, branches or {}
+        self.ends = ends
         self._open(start_step)
 
     def _open(self, start_step: int) -> None:
@@ -124,7 +128,7 @@ class MetricsLogger:
 
     def due(self, step: int) -> bool:
         """Whether `end_step` reports at `step`, counted from 1."""
-        return step % self.config.log_every == 0 or step == self.total_steps
+        return step % self.config.log_every == 0 or step in (self.total_steps, *self.ends)
 
     def end_step(
         self,
@@ -271,8 +275,9 @@ class Board:
 def console_line(record: dict[str, Any], total_steps: int) -> str:
     """One aligned line; what a run does not have (images, experts, a known peak) is left out."""
     rates = [value for name, value in record.items() if name.startswith("lr/")]
+    of = f"/{total_steps}" if total_steps else ""
     parts = [
-        f"step {record['step']:>{len(str(total_steps))}}/{total_steps}",
+        f"step {record['step']:>{len(str(total_steps))}}{of}",
         f"loss {record['loss']:7.4f}",
         f"grad {record['grad_norm']:7.3f}",
         f"lr {max(rates, default=0.0):.2e}",
@@ -331,4 +336,4 @@ def _tensorboard(directory: Path, start_step: int):
 def _progress_bar(total_steps: int, start_step: int):
     from tqdm import tqdm
 
-    return tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True)
+    return tqdm(total=total_steps or None, initial=start_step, unit="step", dynamic_ncols=True)

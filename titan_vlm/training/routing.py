@@ -20,11 +20,13 @@ from titan_vlm.models.moe.timing import COUNTS
 
 
 class Layer(NamedTuple):
-    """How many experts, how they are routed, and where: "text", "vision" or "projector"."""
+    """How many experts, how they are routed, and where: "text", "vision" or "projector"; and
+    whether they are asleep."""
 
     num_experts: int
     config: MoEConfig
     branch: str
+    asleep: bool = False
 
 
 Layers = Mapping[str, Layer]  # by name, of all stages
@@ -34,7 +36,12 @@ def all_layers(whole: nn.Module) -> Layers:
     """Of the whole model, before a pipeline cuts it."""
     branch_of = {name: branch for branch, names in whole.branches().items() for name in names}
     return {
-        name: Layer(router.num_experts, router.config, branch_of[f"{name}.moe.router.weight"])
+        name: Layer(
+            router.num_experts,
+            router.config,
+            branch_of[f"{name}.moe.router.weight"],
+            router.asleep,
+        )
         for name, router in routers_of(whole).items()
     }
 
@@ -160,7 +167,7 @@ class Figures:
 def collect(
     model: nn.Module, layers: Layers, mesh: Mesh, device: torch.device
 ) -> dict[str, Figures]:
-    """Each layer's figures since this was last asked for."""
+    """Each layer's figures since this was last asked for, but for those that are asleep."""
     if not layers:
         return {}
     here, clocks_LC = counters(model), _read_clocks(model, layers, mesh)
@@ -176,7 +183,9 @@ def collect(
         layer.router.sums.zero_()
         layer.clock.reset()
     figures, ranks = {}, size(mesh.tokens)
-    for (name, (experts, *_)), part, row in zip(layers.items(), parts, rows, strict=True):
+    for (name, (experts, *_, asleep)), part, row in zip(layers.items(), parts, rows, strict=True):
+        if asleep:
+            continue
         sums = dict(zip(SUMS, part[experts:].tolist(), strict=True))
         figures[name] = Figures(
             part[:experts].long(),

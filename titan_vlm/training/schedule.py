@@ -18,11 +18,11 @@ import torch
 from titan_vlm.config import Schedule
 
 
-def lr_factor(step: int, config: Schedule, total_steps: int) -> float:
+def lr_factor(step: int, config: Schedule, total_steps: float) -> float:
     """What the base learning rate is multiplied by in step `step`, counted from 0.
 
     The warm-up's first step already learns (1 / warmup_steps), its last one has the full rate, and
-    the run's last step has `min_lr_ratio`.
+    the last of `total_steps` (infinite: not known yet) has `min_lr_ratio`.
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
@@ -38,7 +38,7 @@ def lr_factor(step: int, config: Schedule, total_steps: int) -> float:
 
 
 def set_learning_rates(
-    optimizer: torch.optim.Optimizer, step: int, config: Schedule, total_steps: int
+    optimizer: torch.optim.Optimizer, step: int, config: Schedule, total_steps: float
 ) -> dict[str, float]:
     """Give every group its rate for step `step`; returns them by group name without its decay."""
     factor = lr_factor(step, config, total_steps)

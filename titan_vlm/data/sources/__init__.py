@@ -11,8 +11,10 @@ A sample that cannot be used raises DataError when it is read, naming its file a
 """
 
 import re
+from dataclasses import replace
 
-from titan_vlm.config import Config, Data
+from titan_vlm.config import Config
+from titan_vlm.data.config import Data
 from titan_vlm.data.digits import DigitsSource
 from titan_vlm.data.limits import limits
 from titan_vlm.data.sources.hf import HfSource
@@ -21,7 +23,7 @@ from titan_vlm.data.sources.webdataset import WebDatasetSource
 from titan_vlm.errors import ConfigError
 
 BUILDERS = {
-    "digits": lambda data, path, split, seed: DigitsSource(split, seed),
+    "digits": lambda data, path, split, seed: DigitsSource(split, seed, kinds=data.kinds),
     "llava": lambda data, path, split, seed: JsonlSource(
         path, "llava", data.image_root, limits(data)
     ),
@@ -47,6 +49,7 @@ def build_held_out(config: Config):
         ConfigError: in the names of `[eval]`; a source knows those of `[data]` alone.
     """
     try:
-        return build_source(config.data, config.eval.split, config.run.seed, config.eval.path)
+        data = replace(config.data, kinds=[])  # of all, whatever is trained on
+        return build_source(data, config.eval.split, config.run.seed, config.eval.path)
     except ConfigError as error:
         raise ConfigError(re.sub(r"^data\.(path|split)\b", r"eval.\1", str(error))) from error
