@@ -37,6 +37,7 @@ from titan_vlm.errors import ConfigError, UserError
 from titan_vlm.evaluation.validate import last_assistant_turn, make_prompt, shown
 from titan_vlm.inference.generate import greedy
 from titan_vlm.models.init import init_weights
+from titan_vlm.training.curriculum import last_config
 
 
 def main() -> int:
@@ -50,7 +51,7 @@ def main() -> int:
         if arguments.run:
             folder = Path(arguments.run)
             config = load_config(str(folder / "config.toml"))
-            return report(*compare(config, folder / "hf", samples))
+            return report(*compare(last_config(config), folder / "hf", samples))
         if not arguments.quick:
             parser.error("expected the directory of a run, or --quick")
         with tempfile.TemporaryDirectory() as folder:
@@ -124,7 +125,7 @@ def load_theirs(directory: Path) -> torch.nn.Module:
         ConfigError: a tensor is missing, unexpected or of another shape.
     """
     model, info = AutoModelForImageTextToText.from_pretrained(
-        directory, dtype=torch.float32, output_loading_info=True
+        directory, dtype=torch.float32, output_loading_info=True, trust_remote_code=True
     )
     problems = {key: sorted(map(str, names)) for key, names in info.items() if names}
     if problems:
@@ -134,8 +135,9 @@ def load_theirs(directory: Path) -> torch.nn.Module:
 
 def preparation(directory: Path) -> Callable[[list[dict]], dict]:
     """A function from messages to what `generate` takes, by transformers' code alone."""
-    if is_torchvision_available():
-        return partial(prepare_whole, AutoProcessor.from_pretrained(directory))
+    if is_torchvision_available() or any(directory.glob("processing_*.py")):
+        processor = AutoProcessor.from_pretrained(directory, trust_remote_code=True)
+        return partial(prepare_whole, processor)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     pictures = Qwen2VLImageProcessorPil.from_pretrained(directory)
     return partial(prepare_parts, tokenizer, pictures)

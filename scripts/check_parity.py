@@ -186,8 +186,10 @@ def gathered(run: train.Run, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     slots = {name: b for name, b in run.model.named_buffers() if name.endswith("slots_E")}
     state = LogicalOrder(tensors | slots)
     state = run.pipeline.whole_state(state) if run.pipeline else state
+    ranks: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(ranks, list(tensors))  # stages have others, and no gradient of buffers
     found = {}
-    for name in state:
+    for name in dict.fromkeys(name for rank in ranks for name in rank):
         tensor = whole(state[name])
         if dist.get_rank() == 0:
             found[name] = tensor.clone()

@@ -22,14 +22,18 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from titan_vlm.assembly import assemble, export
-from titan_vlm.config import load_config
+from titan_vlm.config import Config, load_config
 from titan_vlm.errors import ConfigError, UserError
-from titan_vlm.models.qwen3_vl.hf import HFTensors, links, read_config, write_weights
+from titan_vlm.models.config_json import read_config_json
+from titan_vlm.models.omni import hf as omni
+from titan_vlm.models.qwen3_vl.hf import HFTensors, read_config, write_weights
 from titan_vlm.models.safetensors_io import INDEX, new_directory
+from titan_vlm.training.curriculum import stage_configs
+from titan_vlm.training.state import unpack
 
 DTYPES = ("bfloat16", "float32", "float64")
 
@@ -89,16 +93,22 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def convert_directory(source: Path, target: Path, arguments: argparse.Namespace) -> None:
     """Hugging Face to Hugging Face."""
-    config = read_config(source)
-    tensors = HFTensors(source, config)
+    content = read_config_json(source, dict)
+    is_omni = content.get("model_type") == omni.MODEL_TYPE
+    if is_omni and arguments.layout == "transformers":
+        raise ConfigError(f"--layout transformers: the code in {source} reads published alone")
+    config = (omni.read_config if is_omni else read_config)(source)
+    tensors = (omni.HFTensors if is_omni else HFTensors)(source, config)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     with new_directory(target) as folder:
         for path in source.iterdir():
             if path.is_file() and path.suffix != ".safetensors" and path.name != INDEX:
                 shutil.copy2(path, folder)
         if dtype:
-            content = json.loads((source / "config.json").read_text())
             (folder / "config.json").write_text(_with_dtype(content, arguments.dtype))
+        if is_omni:
+            omni.rewrite(tensors, config, folder, dtype, _shard_bytes(arguments))
+            return
         write_weights(
             tensors,
             config,
@@ -123,11 +133,12 @@ def convert_checkpoint(source: Path, target: Path, arguments: argparse.Namespace
     toml = Path(arguments.config) if arguments.config else run / "config.toml"
     if not toml.is_file():
         raise ConfigError(f"{toml} is missing; --config names the configuration of the run")
-    config = load_config(str(toml))
-    parts = assemble(config)
+    parts = assemble(config_of_stage(load_config(str(toml)), source))
     parts.spec.check_exportable(parts.dims)
     state = CheckpointTensors(source)
-    state.check({link.ours: link.shape for link in links(parts.dims, {})})
+    with torch.device("meta"):
+        model = parts.spec.build(parts.dims)
+    state.check(model)
     export(
         parts,
         state,
@@ -136,6 +147,19 @@ def convert_checkpoint(source: Path, target: Path, arguments: argparse.Namespace
         layout=_layout(arguments),
         max_shard_bytes=_shard_bytes(arguments),
     )
+
+
+def config_of_stage(config: Config, source: Path) -> Config:
+    """Of the stage of its curriculum that a checkpoint is in."""
+    if not config.curriculum.stages:
+        return config
+    state = {"train": {"rank0": b""}}
+    dcp.load(state, storage_reader=dcp.FileSystemReader(source), no_dist=True)
+    name = unpack(state["train"]["rank0"])["caller"].get("stage", {}).get("stage")
+    for known, _, own in stage_configs(config):
+        if known == name:
+            return own
+    raise ConfigError(f"{source} is of a stage {name!r}, which the configuration does not have")
 
 
 class CheckpointTensors(Mapping[str, Tensor]):
@@ -150,8 +174,12 @@ class CheckpointTensors(Mapping[str, Tensor]):
             if name.startswith("model.") and isinstance(info, TensorStorageMetadata)
         }
 
-    def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Raises: ConfigError, unless all of these are in it."""
+    def check(self, model: nn.Module) -> None:
+        """Raises: ConfigError, unless it has all parameters and saved buffers of `model`, and no
+        others."""
+        state = model.state_dict()
+        own = [*model.named_parameters(), *model.named_buffers()]  # a tied one once
+        shapes = {name: tuple(x.shape) for name, x in own if name in state}
         wrong = [
             name
             for name, shape in shapes.items()
@@ -161,6 +189,12 @@ class CheckpointTensors(Mapping[str, Tensor]):
             raise ConfigError(
                 f"{self.folder} is a checkpoint of another model: {len(wrong)} parameters are "
                 f"missing or of another shape, the first is {wrong[0]}"
+            )
+        placed = ("slots_E", "replicas_E")  # where experts were, which `export` puts in order
+        if more := [x for x in self.infos if x not in state and not x.endswith(placed)]:
+            raise ConfigError(
+                f"{self.folder} is a checkpoint of another model: it has {more[0]}, which a model "
+                "of this configuration has not"
             )
 
     def __getitem__(self, name: str) -> Tensor:

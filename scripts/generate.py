@@ -25,6 +25,7 @@ from titan_vlm.errors import ConfigError, UserError
 from titan_vlm.evaluation.validate import Result, Validator
 from titan_vlm.inference.experts import last_loads, rank_imbalance, spread_experts
 from titan_vlm.mesh import AXES, build_mesh
+from titan_vlm.training.curriculum import last_config
 
 
 def main(argv: list[str]) -> int:
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> int:
         config = load_config(
             str(folder / "config.toml"), ["--eval.samples", str(arguments.samples)]
         )
-        result, imbalance = answer(config, folder, arguments.redundant_experts)
+        result, imbalance = answer(last_config(config), folder, arguments.redundant_experts)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 from PIL import Image
 
-from titan_vlm.config import Data
+from titan_vlm.data.config import Data
 from titan_vlm.data.images import VisualSpec
 from titan_vlm.data.limits import limits
 from titan_vlm.data.sample import ImageRef, open_bytes

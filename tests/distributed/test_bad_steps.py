@@ -75,7 +75,10 @@ def leave_step_two_out(output, changes):
     return state_of(by_hand(output, changes, {2}, 3))
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(
+    "mesh",
+    [m if m == "pipeline" else pytest.param(m, marks=pytest.mark.slow) for m in MESHES],
+)
 def test_a_rollback_for_one_ranks_pixels_gives_the_run_without_these_rows(world, tmp_path, mesh):
     """Row 17 of step 5, row 21 of step 6: with data parallelism both are those of rank 1."""
     changes = FOUR_ROWS | MESHES[mesh] | {"guards__max_skips": "2", "training__steps": "8"}
@@ -99,7 +102,7 @@ def run_with_rows(output, changes, change, numbers):
 # ---------------------------------------------------------------------------- out of memory
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_out_of_memory_on_one_rank_ends_all_and_says_what_would_help(tmp_path, rank):
     """Rank 0 is the one whose output is shown; what rank 1 says, the launcher shows."""
     ended = subprocess.run(

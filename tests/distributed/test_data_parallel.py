@@ -23,7 +23,7 @@ def test_two_ranks_give_the_single_process_run(world, tmp_path):
         torch.testing.assert_close(ours[name], wanted, rtol=1e-9, atol=1e-9, msg=name)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_killed_run_of_two_ranks_resumes_bitwise(world, tmp_path, dtype):
     changes = {"training__dtype": dtype, "checkpoint__async_save": "true"}
     world.run(2, run_small, tmp_path / "whole", changes)
@@ -38,10 +38,15 @@ def test_a_killed_run_of_two_ranks_resumes_bitwise(world, tmp_path, dtype):
     ("saving", "resuming"),
     [
         ((2, {"parallelism__ep": "2"}), (2, {"parallelism__tp": "2"})),
-        ((2, {"parallelism__dp_shard": "2"}), (1, {})),
-        ((1, {}), (4, {"parallelism__dp_shard": "2", "parallelism__ep": "2"})),
-        ((2, {"parallelism__pp": "2"}), (2, {"parallelism__ep": "2"})),
-        ((2, {"parallelism__tp": "2"}), (2, {"parallelism__pp": "2"})),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ((2, {"parallelism__tp": "2"}), (2, {"parallelism__pp": "2"})),
+                ((2, {"parallelism__dp_shard": "2"}), (1, {})),
+                ((1, {}), (4, {"parallelism__dp_shard": "2", "parallelism__ep": "2"})),
+                ((2, {"parallelism__pp": "2"}), (2, {"parallelism__ep": "2"})),
+            )
+        ),
     ],
 )
 def test_a_killed_run_resumes_on_another_mesh(world, tmp_path, saving, resuming):

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from scripts.gloo_world import World
 from tests.small_run import Silent, small_config
-from titan_vlm import train
+from titan_vlm import stages, train
 from titan_vlm.models.qwen3_vl.config import FLAVORS, Qwen3VLConfig, to_hf
 
 STEP = {"training__global_batch_size": "4", "schedule__warmup_steps": "0"}
@@ -68,7 +68,7 @@ def peak_of_preparing(output, changes):
 def bytes_after_a_step(output, changes):
     """This rank's bytes of each kind; the model has none before it is sharded."""
     config = small_config(output, **changes)
-    parallelize = train.parallelize
+    parallelize = stages.parallelize
 
     def without_memory(whole, *args):
         assert all(parameter.is_meta for parameter in whole.parameters())
@@ -76,11 +76,11 @@ def bytes_after_a_step(output, changes):
         assert all(local(parameter).is_meta for parameter in model.parameters())
         return model, pipeline
 
-    train.parallelize = without_memory
+    stages.parallelize = without_memory
     try:
         run = train.prepare(config)
     finally:
-        train.parallelize = parallelize
+        stages.parallelize = parallelize
     held = {}
 
     def weigh(*_):

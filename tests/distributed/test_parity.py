@@ -24,9 +24,6 @@ from titan_vlm.models.qwen3_vl.plan import tensor_plan
 
 FAST = {
     *QUICK,
-    "dp_replicate=2,ep=2",
-    "tp=2,sequence_parallel=false",
-    "dp_shard=2,ep=2,tp=2",
     "pp=2,pp_schedule=InterleavedZeroBubble",
     "pp=2,pp_schedule=ZBVZeroBubble",
     "pp=2,dp_shard=2,tp=2",

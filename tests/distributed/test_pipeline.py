@@ -1,26 +1,44 @@
 """A pipeline as a user runs it: evaluated, saved, exported; and who gets what."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.distributed.test_data_parallel import EXACT, assert_same_curve, run_small
 from tests.small_run import Silent, run, small_config, weights
 from titan_vlm import train
+from titan_vlm.models.omni.config import FLAVORS
+from titan_vlm.models.omni.hf import to_hf
 
 PP = {"parallelism__pp": "2", "training__global_batch_size": "4"}
+OMNI = {
+    "model__name": "omni",
+    "model__flavor": "hf",
+    "projector__levels": "1:0,2:2",
+    "training__steps": "3",
+    "moe__text__experts": "4",
+    "moe__text__top_k": "2",
+    "moe__text__expert_width": "24",
+    "moe__text__score": "sigmoid",
+    "moe__text__bias_update": "sign",
+}
 ZERO_BUBBLE = {"parallelism__pp_schedule": "ZBVZeroBubble"}
 
 
 def evaluations(output):
-    import json
-
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [(r["eval/loss"], r["eval/exact"]) for r in records if "eval/loss" in r]
 
 
 @pytest.mark.parametrize(
     ("ranks", "axes"),
-    [(2, PP), (2, PP | ZERO_BUBBLE), (4, PP | {"parallelism__tp": "2"})],
+    [
+        (2, PP),
+        (2, PP | ZERO_BUBBLE),
+        pytest.param(4, PP | {"parallelism__tp": "2"}, marks=pytest.mark.slow),
+    ],
     ids=["1F1B", "zero bubble in a V", "with tp"],
 )
 def test_a_run_is_the_single_process_run_to_the_export(world, tmp_path, ranks, axes):
@@ -34,6 +52,20 @@ def test_a_run_is_the_single_process_run_to_the_export(world, tmp_path, ranks, a
         assert ours == pytest.approx(theirs, rel=1e-9)
     ours, theirs = weights(tmp_path / "mesh"), weights(tmp_path / "one")
     assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_what_balances_the_experts_of_every_stage_is_exported(world, tmp_path):
+    untied = to_hf(replace(FLAVORS["debug"], tie_embeddings=False), "float64")
+    (tmp_path / "config.json").write_text(json.dumps(untied))
+    changes = EXACT | OMNI | {"model__hf_path": str(tmp_path)}
+    changes["checkpoint__export_dtype"] = "float64"
+    assert run(tmp_path / "one", **changes) == 0
+    assert world.run(2, run_small, tmp_path / "mesh", changes | PP) == [0, 0]
+    ours, theirs = weights(tmp_path / "mesh"), weights(tmp_path / "one")
+    assert ours.keys() == theirs.keys()
+    assert sum(name.endswith("bias_E") and bool(x.any()) for name, x in ours.items()) == 4
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=1e-9, atol=1e-9, msg=name)
 

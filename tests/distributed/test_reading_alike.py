@@ -80,7 +80,7 @@ def test_other_held_out_samples_are_refused(world, tmp_path):
 def test_held_out_data_that_are_not_there_are_refused_before_the_model(world, tmp_path):
     changes = {"data__source": "openai", "data__path": talks(tmp_path, "c", 23)}
     gone = str(tmp_path / "gone.jsonl")
-    built = patch("titan_vlm.train.build_model", side_effect=AssertionError("too late"))
+    built = patch("titan_vlm.train.build", side_effect=AssertionError("too late"))
     with built:
         answer = run_and_listen(tmp_path / "run", ROWS | changes | {"eval__path": gone})
     (line,) = errors_of([answer])

@@ -71,6 +71,11 @@ TEXT = {
     },
 }
 ROUTINGS = {name: {f"moe.text.{k}": v for k, v in of.items()} for name, of in TEXT.items()}
+ROUTINGS["dropout"] = {
+    "moe.text.dropout": "0.2",
+    "moe.text.shared_width": "64",
+    "training.attention_dropout": "0.2",
+}
 ROUTINGS["three branches, three routers"] = PICTURES | ROUTINGS["deepseek"]
 # Two micro-batches of four rows, of all ranks together.
 MESHES = (
@@ -86,7 +91,8 @@ MESHES = (
 )
 # Every axis alone or with another, both expert modes, and all four.
 ESSENTIAL = (MESHES[0], MESHES[2], "pp=2,dp_shard=2,training.micro_batch_size=2", MESHES[-1])
-FAST = {"deepseek", "qwen", "three branches, three routers"}
+OFTEN = {"deepseek", "qwen", "dropout", "three branches, three routers"}
+FAST = "three branches, three routers"
 
 
 @pytest.fixture(scope="module")
@@ -108,10 +114,10 @@ def singles():
         pytest.param(
             routing,
             mesh,
-            marks=[] if routing in FAST and mesh == MESHES[0] else pytest.mark.slow,
+            marks=[] if routing == FAST and mesh == MESHES[0] else pytest.mark.slow,
         )
         for routing in ROUTINGS
-        for mesh in (MESHES if routing in FAST else ESSENTIAL)
+        for mesh in (MESHES if routing in OFTEN else ESSENTIAL)
     ],
 )
 def test_a_routing_is_the_same_on_a_mesh(world, words, singles, tmp_path, routing, mesh):

@@ -63,7 +63,7 @@ def assert_same_run(output: Path, whole: Path) -> None:
     assert found in ([[]] * 2, [[]] * 3)  # the one resumed from is kept besides
 
 
-@pytest.mark.parametrize("async_save", ["false", "true"])
+@pytest.mark.parametrize("async_save", ["true", pytest.param("false", marks=pytest.mark.slow)])
 def test_a_run_killed_again_and_again_is_the_run_that_was_not(tmp_path, whole, async_save):
     ends = killed(tmp_path / "run", 1, 4, f"checkpoint__async_save={async_save}")
     assert sum(end.endswith(": -9") for end in ends) == 4 and ends[-1] == "to the end: 0"

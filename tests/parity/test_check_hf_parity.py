@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from scripts import convert
@@ -30,6 +31,7 @@ def test_quick_holds_and_ends_with_its_figures():
     assert "vision gradients: model.visual." in done.stdout
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_transformers_misreads_does_not_pass(tmp_path):
     config = tiny_config(moe=True, moe_intermediate_size=32)  # 2F = D
     new_reference(config).save_pretrained(tmp_path / "a")

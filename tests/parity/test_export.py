@@ -59,6 +59,19 @@ def test_transformers_generates_the_same_tokens(exported, capsys):
     assert figures["max_mismatched_samples"] == 1
 
 
+def test_omni_generates_the_same_tokens_by_the_code_beside_it(tmp_path, monkeypatch):
+    cache = str(tmp_path / "modules")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", cache)
+    settings = {"model.name": "omni", "model.flavor": "debug", "projector.levels": "1:0"}
+    settings |= {"moe.text.experts": "4", "moe.text.top_k": "2", "moe.text.expert_width": "24"}
+    words = [word for key, value in settings.items() for word in (f"--{key}", value)]
+    config = load_config("qwen_vlm_moe.toml", words)
+    random_export(config, tmp_path / "hf")
+    _, ours, theirs, _ = compare(config, tmp_path / "hf", SAMPLES)
+    assert ours == theirs and len(ours) == SAMPLES
+    assert len({tuple(tokens) for tokens in ours}) > 1
+
+
 def test_an_upcycled_run_is_exported_as_it_was_trained(tmp_path):
     """A dense model that transformers made, two steps with experts, and back to transformers."""
     new_reference(FLAVORS["debug"]).save_pretrained(tmp_path / "dense")

@@ -1,15 +1,9 @@
-"""Hugging Face directories: both expert layouts, refusals, exact round trips, streaming."""
+"""Hugging Face directories: names, both expert layouts, refusals, exact round trips."""
 
 import copy
 import json
 import logging
-import subprocess
-import sys
-import textwrap
-import weakref
-from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +16,6 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import Qwen3VLMoeConfig
 
-from scripts import convert
 from scripts.hf_reference import (
     ask_ours,
     ask_reference,
@@ -33,13 +26,20 @@ from scripts.hf_reference import (
     random_picture,
     tiny_config,
 )
-from titan_vlm.config import config_to_toml, load_config
-from titan_vlm.data.images import VisualSpec
-from titan_vlm.data.processor_config import image_processor_config, video_processor_config
+from tests.hf_directory import (
+    DOWN_SQUARE,
+    EXPERTS,
+    GATE_UP_SQUARE,
+    NO_SQUARE,
+    assert_same,
+    build,
+    refusal,
+    rewrite,
+    saver,
+    tensors,
+)
 from titan_vlm.data.tokenizer import load_tokenizer, visual_token_ids
 from titan_vlm.errors import ConfigError
-from titan_vlm.models import safetensors_io
-from titan_vlm.models.init import init_weights
 from titan_vlm.models.qwen3_vl.config import FLAVORS, from_hf, to_hf, with_token_ids
 from titan_vlm.models.qwen3_vl.hf import (
     HFTensors,
@@ -47,24 +47,11 @@ from titan_vlm.models.qwen3_vl.hf import (
     links,
     load_hf,
     read_config,
-    save_hf,
 )
 from titan_vlm.models.qwen3_vl.model import Qwen3VL
 from titan_vlm.models.registry import model_config, model_spec
-from titan_vlm.models.safetensors_io import INDEX, SINGLE, new_directory
+from titan_vlm.models.safetensors_io import INDEX
 from titan_vlm.models.shards import copy_into
-from titan_vlm.training.checkpoint import Checkpointer
-
-ROOT = Path(__file__).resolve().parents[2]
-EXPERTS = "model.language_model.layers.0.mlp.experts"
-# D = 64: no square expert tensor, gate_up square, down square
-NO_SQUARE, GATE_UP_SQUARE, DOWN_SQUARE = 24, 32, 64
-
-
-def build(config, seed=0, dtype=torch.float32):
-    model = Qwen3VL(config).to(dtype)
-    init_weights(model, seed, 0.1)
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -73,56 +60,8 @@ def tokenizer():
 
 
 @pytest.fixture
-def save(tmp_path, tokenizer):
-    """Saves a model under a name and returns the directory."""
-    spec = VisualSpec(65536, 1 << 24, 65536, 1 << 24)
-    processors = {
-        "preprocessor_config.json": image_processor_config(spec),
-        "video_preprocessor_config.json": video_processor_config(spec),
-    }
-
-    def call(model, name="saved", dtype=torch.float32, **options):
-        save_hf(
-            model.state_dict() if isinstance(model, Qwen3VL) else model,
-            options.pop("config", None) or model.config,
-            tmp_path / name,
-            tokenizer=tokenizer,
-            processor_configs=processors,
-            dtype=dtype,
-            **options,
-        )
-        return tmp_path / name
-
-    return call
-
-
-def tensors(directory):
-    """Everything in the files, whatever their number."""
-    return {k: v for file in directory.glob("*.safetensors") for k, v in load_file(file).items()}
-
-
-def rewrite(directory, change):
-    """Save a single-file directory again after `change(tensors)`."""
-    content = tensors(directory)
-    change(content)
-    save_file(content, directory / SINGLE, {"format": "pt"})
-
-
-def assert_same(a: Mapping, b: Mapping):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
-
-
-def refusal(directory, config):
-    """The error of loading, after which the model is as it was."""
-    model = build(config, seed=5)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(ConfigError) as caught:
-        load_hf(model, directory)
-    assert_same(model.state_dict(), before)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+def save(tmp_path):
+    return saver(tmp_path)
 
 
 # ------------------------------------------------------------------------- names and dimensions
@@ -490,207 +429,3 @@ def test_settings_that_no_shape_shows_are_compared_too(save, caplog):
     assert [r.getMessage() for r in caplog.records] == [
         f"{directory} was trained with text rope_theta = 10000.0; the model has 5000000.0"
     ]
-
-
-# ------------------------------------------------------------------------- complete or not at all
-
-
-def test_an_interrupted_export_leaves_the_older_one(save, tmp_path):
-    model = build(tiny_config(moe=False))
-    before = {p.name: p.read_bytes() for p in save(model).iterdir()}
-
-    class Broken(dict):
-        def __getitem__(self, name):
-            if name == "text.norm.weight":
-                raise OSError("no space left on device")
-            return super().__getitem__(name)
-
-    with pytest.raises(OSError, match="no space"):
-        save(Broken(build(model.config, seed=1).state_dict()), config=model.config)
-    assert {p.name: p.read_bytes() for p in (tmp_path / "saved").iterdir()} == before
-
-    save(build(model.config, seed=1), max_shard_bytes=100_000)  # replaces it, leaving nothing
-    assert not (tmp_path / "saved" / SINGLE).exists()
-    assert [p.name for p in tmp_path.iterdir()] == ["saved"]
-
-
-def test_a_directory_without_a_name_of_its_own_is_refused_or_made(tmp_path, monkeypatch):
-    here = tmp_path / "here"
-    here.mkdir()
-    monkeypatch.chdir(here)
-    for path, full in ((".", here), ("/", Path("/"))):
-        (here / "notes.txt").touch()
-        refused = pytest.raises(ConfigError, match=f"{full} exists and holds no Hugging Face model")
-        with refused, new_directory(path):
-            pass
-    (here / "notes.txt").unlink()
-    with new_directory(".") as folder:
-        (folder / "config.json").touch()
-    assert [p.name for p in here.iterdir()] == ["config.json"]
-    assert list(tmp_path.iterdir()) == [here]
-
-
-def test_an_export_never_replaces_other_files(save, tmp_path):
-    (tmp_path / "saved").mkdir()
-    (tmp_path / "saved" / "thesis.txt").write_text("precious")
-    with pytest.raises(ConfigError, match="holds no Hugging Face model"):
-        save(build(tiny_config(moe=False)))
-    assert (tmp_path / "saved" / "thesis.txt").read_text() == "precious"
-
-
-# -------------------------------------------------------------------------------------- streaming
-
-
-def test_saving_asks_for_one_tensor_of_a_file_at_a_time(save):
-    class Lazy(Mapping):
-        """Makes every tensor when asked; counts how many are alive."""
-
-        def __init__(self, state):
-            self.state, self.alive, self.most = state, weakref.WeakSet(), 0
-
-        def __getitem__(self, name):
-            tensor = self.state[name].clone()
-            self.alive.add(tensor)
-            self.most = max(self.most, len(self.alive))
-            return tensor
-
-        def __iter__(self):
-            return iter(self.state)
-
-        def __len__(self):
-            return len(self.state)
-
-    model = build(tiny_config(moe=True))
-    lazy = Lazy(model.state_dict())
-    save(lazy, config=model.config)
-    assert lazy.most <= 3  # query, key and value of the vision tower are one tensor there
-
-
-def test_vision_queries_read_only_their_rows(save, monkeypatch):
-    model = build(tiny_config(moe=False))
-    directory = save(model)
-    read, rows = safetensors_io.TensorInfo.read, []
-
-    def spy(self, part=None):
-        if self.name.endswith("0.attn.qkv.weight"):
-            rows.append(part)
-        return read(self, part)
-
-    monkeypatch.setattr(safetensors_io.TensorInfo, "read", spy)
-    load_hf(model, directory)
-    assert rows == [slice(0, 32), slice(32, 64), slice(64, 96)]
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_memory_of_loading_is_the_model_and_one_tensor(save):
-    """In a process of its own: resident memory, mapped pages of the files included."""
-    config = tiny_config(
-        moe=True, moe_intermediate_size=400, hidden_size=256, intermediate_size=1024, num_layers=10
-    )
-    directory = save(build(config), max_shard_bytes=200_000_000)
-    size = sum(t.nbytes for t in tensors(directory).values())
-    largest = max(t.nbytes for t in tensors(directory).values())
-    assert size > 80_000_000 > 10 * largest
-    code = f"""
-        from titan_vlm.models.qwen3_vl.hf import load_hf, read_config
-        from titan_vlm.models.qwen3_vl.model import Qwen3VL
-        model = Qwen3VL(read_config({str(directory)!r}))
-        for parameter in model.parameters():
-            parameter.data.fill_(1.0)
-        def peak():
-            open("/proc/self/clear_refs", "w").write("5")
-        def status(key):
-            lines = open("/proc/self/status").read().splitlines()
-            return next(int(x.split()[1]) * 1024 for x in lines if x.startswith(key))
-        peak()
-        before = status("VmRSS")
-        load_hf(model, {str(directory)!r})
-        print(status("VmHWM") - before)
-    """
-    out = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    grown = int(out.stdout.split()[-1])
-    assert grown < 2 * largest + 8_000_000, f"{grown:,} more; the largest tensor is {largest:,}"
-
-
-# ------------------------------------------------------------------------------ scripts/convert.py
-
-
-def test_convert_changes_the_layout_and_back_bit_for_bit(tmp_path):
-    reference = new_reference(tiny_config(moe=True))
-    reference.save_pretrained(tmp_path / "a", max_shard_size="100KB")
-    a, b, c = (str(tmp_path / x) for x in "abc")
-    assert convert.main([a, b, "--layout", "published"]) == 0
-    turned = tensors(tmp_path / "b")[f"{EXPERTS}.gate_up_proj"]
-    assert turned.shape == (8, 64, 48)
-    assert convert.main([b, c, "--layout", "transformers"]) == 0
-    assert_same(tensors(tmp_path / "c"), tensors(tmp_path / "a"))
-    for name in ("config.json", "generation_config.json"):
-        assert (tmp_path / "c" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
-
-
-def test_convert_changes_the_type(save):
-    directory = save(build(tiny_config(moe=True)))
-    target = directory.with_name("half")
-    assert convert.main([str(directory), str(target), "--dtype", "bfloat16"]) == 0
-    assert_same(tensors(target), {k: v.to(torch.bfloat16) for k, v in tensors(directory).items()})
-    config = json.loads((target / "config.json").read_text())
-    parts = (config, config["text_config"], config["vision_config"])
-    assert [part["dtype"] for part in parts] == ["bfloat16"] * 3
-    assert (target / "chat_template.jinja").exists()
-
-
-@pytest.fixture
-def run_folder(tmp_path):
-    """A run's folder with one checkpoint, and the model that is in it."""
-    overrides = ["--model.flavor", "debug_moe", "--moe.text.aux_loss", "0"]
-    config = load_config("qwen_vlm_moe.toml", overrides)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.toml").write_text(config_to_toml(config))
-    tokenizer = load_tokenizer()
-    model = build(with_token_ids(FLAVORS["debug_moe"], visual_token_ids(tokenizer), len(tokenizer)))
-    checkpoints = Checkpointer(tmp_path / "run" / "checkpoints", config.checkpoint)
-    checkpoints.save(7, model, torch.optim.AdamW(model.parameters()), {})
-    return tmp_path / "run", model
-
-
-def test_convert_makes_a_directory_from_a_training_checkpoint(run_folder, tmp_path):
-    run, model = run_folder
-    source, target = run / "checkpoints" / "step-000007", tmp_path / "hf"
-    assert convert.main([str(source), str(target), "--dtype", "float32"]) == 0
-    assert read_config(target) == model.config
-    read = build(model.config, seed=1)
-    load_hf(read, target)
-    assert_same(read.state_dict(), model.state_dict())
-    assert (target / "preprocessor_config.json").exists()
-    load_reference(target, torch.float32)
-
-
-def test_convert_refuses_a_checkpoint_of_another_model(run_folder, tmp_path, capsys):
-    run, _ = run_folder
-    words = [str(run / "checkpoints" / "step-000007"), str(tmp_path / "hf")]
-    toml = run / "config.toml"
-    toml.write_text(toml.read_text().replace("debug_moe", "debug"))
-    assert convert.main(words) == 2
-    assert "is a checkpoint of another model" in capsys.readouterr().err
-    toml.unlink()
-    assert convert.main(words) == 2
-    assert f"{toml} is missing; --config" in capsys.readouterr().err
-    assert not (tmp_path / "hf").exists()
-
-
-def test_convert_says_what_is_wrong(tmp_path, capsys):
-    (tmp_path / "empty").mkdir()
-    for words, message in (
-        (["empty", "x"], "neither a Hugging Face directory"),
-        (["empty", "empty"], "SOURCE and TARGET are both"),
-    ):
-        assert convert.main([str(tmp_path / word) for word in words]) == 2
-        assert message in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        convert.main(["a", "b", "--layout", "square"])

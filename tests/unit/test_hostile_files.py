@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from tests.hostile import bounds, saved
 from titan_vlm import flight_recorder
-from titan_vlm.config import Data
+from titan_vlm.data.config import Data
 from titan_vlm.data.limits import limits
 from titan_vlm.data.sources.tar import members
 from titan_vlm.data.sources.webdataset import TarShard, WebDatasetSource

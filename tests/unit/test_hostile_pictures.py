@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from tests.hostile import SPEC, ask, bounds, noise, raw_png, ref, saved
-from titan_vlm.config import Data
+from titan_vlm.data.config import Data
 from titan_vlm.data.limits import limits
 from titan_vlm.data.sample import ImageRef, VideoRef, known_formats, open_file
 from titan_vlm.data.sources import build_source

@@ -10,8 +10,9 @@ import os
 import pytest
 
 from tests.hostile import SPEC, ask, bounds, raw_png
-from titan_vlm.config import Data, load_config
+from titan_vlm.config import load_config
 from titan_vlm.data.chat import Encoder
+from titan_vlm.data.config import Data
 from titan_vlm.data.limits import limits
 from titan_vlm.data.loader import PackedRows, RowLoader
 from titan_vlm.data.mixture import Member, Mixture

@@ -2,7 +2,8 @@
 
 import pytest
 
-from titan_vlm.config import Source, config_to_toml, load_config
+from titan_vlm.config import config_to_toml, load_config
+from titan_vlm.data.config import Source
 from titan_vlm.errors import ConfigError
 
 TWO = """

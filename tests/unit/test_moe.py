@@ -153,10 +153,11 @@ def test_pairs_are_counted_once_under_activation_checkpointing():
     assert layer.router.load_E.sum() == 12 * TOP_K
 
 
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
 @pytest.mark.parametrize("layout", ["uniform", "ragged"])
-def test_experts_with_biases_equal_a_loop_over_pairs(monkeypatch, layout):
+def test_experts_with_biases_equal_a_loop_over_pairs(monkeypatch, layout, activation):
     force(monkeypatch, layout)
-    experts = Experts(EXPERTS, WIDTH, HIDDEN, bias=True).double()
+    experts = Experts(EXPERTS, WIDTH, HIDDEN, bias=True, activation=activation).double()
     for i, parameter in enumerate(experts.parameters()):
         torch.nn.init.normal_(parameter, 0.0, 0.3, torch.Generator().manual_seed(i))
     token_P = torch.arange(40).repeat_interleave(TOP_K)
@@ -167,8 +168,12 @@ def test_experts_with_biases_equal_a_loop_over_pairs(monkeypatch, layout):
     ours = LocalDispatcher().combine(experts(rows, state.layout), state)
     plain = [torch.zeros(WIDTH, dtype=torch.float64) for _ in range(40)]
     for t, e, w in zip(token_P.tolist(), experts_P.tolist(), weights_P, strict=True):
-        gate, up = (x[t] @ experts.gate_up[e] + experts.gate_up_bias[e, 0]).chunk(2)
-        out = (F.silu(gate) * up) @ experts.down[e] + experts.down_bias[e, 0]
+        if activation == "gelu":
+            hidden = F.gelu(x[t] @ experts.up[e] + experts.up_bias[e, 0], approximate="tanh")
+        else:
+            gate, up = (x[t] @ experts.gate_up[e] + experts.gate_up_bias[e, 0]).chunk(2)
+            hidden = F.silu(gate) * up
+        out = hidden @ experts.down[e] + experts.down_bias[e, 0]
         plain[t] = plain[t] + w * out
     plain = torch.stack(plain)
     torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)

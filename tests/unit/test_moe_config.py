@@ -4,7 +4,7 @@ import pytest
 
 from tests.small_run import small_config
 from titan_vlm.assembly import assemble
-from titan_vlm.config import Config
+from titan_vlm.config import Config, config_to_toml, load_config
 from titan_vlm.errors import ConfigError
 from titan_vlm.models.moe.config import MoEConfig, chosen_layers
 from titan_vlm.models.moe.layer import moe_layers
@@ -65,6 +65,11 @@ REFUSED = {
         'use "position", or set allow_noncausal = true',
     ),
     "a layer twice": ({"layers": "1,1"}, "layers: expected each once, got [1, 1]"),
+    "words that are none": (
+        {"layers": "deep"},
+        'expected all|deep_half or list of int >= 0, got ["deep"]',
+    ),
+    "a half and every other": ({"layers": "deep_half", "every": "2"}, "every = 2: expected 0"),
     "a step beyond the last layer": ({"every": "9"}, "every = 9: there are 4 layers"),
     "more experts than there are": ({"top_k": "99"}, "top_k: expected at most the 8 experts"),
     "a chunk of nothing": ({"ec_chunk": "4"}, 'ec_chunk: does nothing without router = "expert_'),
@@ -82,6 +87,26 @@ REFUSED = {
     "experts without dimensions": ({"experts": "4"}, "set top_k and expert_width"),
     "a curve of words": ({"anneal.aux_loss": "{ soon = 1.0 }"}, "expected steps as keys"),
 }
+
+
+@pytest.mark.parametrize(
+    ("layers", "chosen"),
+    [("all", [0, 1, 2, 3]), ("deep_half", [2, 3]), ("0,3", [0, 3]), ("[1]", [1])],
+)
+def test_layers_with_experts_are_listed_or_named(layers, chosen, tmp_path):
+    changes = {"moe__text__layers": layers, "moe__vision__layers": layers}
+    changes |= VISION
+    dims = assemble(small_config(tmp_path, **changes)).dims
+    assert [i for i in range(4) if dims.text.is_moe_layer(i)] == chosen
+    assert list(dims.vision.moe_layers) == chosen
+    again = load_config(str(write(tmp_path, small_config(tmp_path, **changes))))
+    assert again.moe.text.layers == small_config(tmp_path, **changes).moe.text.layers
+
+
+def write(folder, config):
+    path = folder / "again.toml"
+    path.write_text(config_to_toml(config))
+    return path
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tests.small_run import curve, run, small_config
-from titan_vlm.assembly import assemble
+from titan_vlm.assembly import assemble, build_model
 from titan_vlm.config import Quantize, load_config
 from titan_vlm.errors import ConfigError
 from titan_vlm.models.init import init_weights
@@ -28,7 +28,6 @@ from titan_vlm.models.moe.routing import Routing
 from titan_vlm.models.moe.tokens import tokens_of
 from titan_vlm.parallel import quantize
 from titan_vlm.parallelize import parallelize
-from titan_vlm.train import build_model
 
 NAMES = list(RECIPES)
 KINDS = ["uniform", "ragged"]

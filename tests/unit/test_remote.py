@@ -14,8 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from PIL import Image
 
-from titan_vlm.config import Data
 from titan_vlm.data import sample
+from titan_vlm.data.config import Data
 from titan_vlm.data.limits import limits
 from titan_vlm.data.remote import fetch, is_public
 from titan_vlm.data.sources.messages import from_openai, image_ref

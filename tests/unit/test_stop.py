@@ -12,6 +12,7 @@ import pytest
 
 from tests.small_run import curve, run, words
 from titan_vlm import events, launched, train
+from titan_vlm.evaluation.validate import Validator
 from titan_vlm.training.stop import SIGNALS, Stop
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,9 +27,9 @@ def whole(tmp_path_factory):
     return curve(output)
 
 
-def signalled_in(monkeypatch, name, number, at=lambda run: True):
-    """Let the process signal itself in train.`name` once, where `at(its first argument)`."""
-    function, sent = getattr(train, name), []
+def signalled_in(monkeypatch, name, number, at=lambda run: True, of=train):
+    """Let the process signal itself in `of`.`name` once, where `at(its first argument)`."""
+    function, sent = getattr(of, name), []
 
     def wrapped(*given, **more):
         if not sent and at(given[0]):
@@ -36,7 +37,7 @@ def signalled_in(monkeypatch, name, number, at=lambda run: True):
             os.kill(os.getpid(), number)
         return function(*given, **more)
 
-    monkeypatch.setattr(train, name, wrapped)
+    monkeypatch.setattr(of, name, wrapped)
 
 
 def saved(output):
@@ -66,11 +67,17 @@ def test_a_signal_ends_the_run_after_its_step_and_the_same_command_goes_on(
 
 
 @pytest.mark.parametrize(
-    ("name", "steps"), [("prepare", []), ("validate", ["step-000002"]), ("save", ["step-000002"])]
+    ("of", "name", "steps"),
+    [
+        (train, "prepare", []),
+        (Validator, "run", ["step-000002"]),
+        (train, "save", ["step-000002"]),
+    ],
+    ids=["prepare", "validate", "save"],
 )
-def test_a_signal_outside_a_step_begins_no_other_step(tmp_path, monkeypatch, name, steps):
+def test_a_signal_outside_a_step_begins_no_other_step(tmp_path, monkeypatch, of, name, steps):
     changes = SHORT | {"checkpoint__every": "2", "eval__every": "2", "eval__samples": "1"}
-    signalled_in(monkeypatch, name, signal.SIGTERM)
+    signalled_in(monkeypatch, name, signal.SIGTERM, of=of)
     assert run(tmp_path, **changes) == 75
     assert saved(tmp_path) == steps
     assert len(curve(tmp_path)) == 2 * len(steps)

@@ -87,8 +87,11 @@ def test_noise_makes_experts_differ_by_its_size(tmp_path, dense):
     [
         (dict(experts=4, top_k=2, width=100, shards=2), "expert_width: 100 in 2 shards"),
         (dict(experts=4, top_k=2, width=192, shards=3), "upcycle_shards = 3: expected a divisor"),
-        (dict(experts=4, top_k=2, width=384, shards=1, score="sigmoid"), "weights that sum to 1"),
-        (dict(experts=4, top_k=2, width=384, shards=1, shared_width="8"), "weights that sum to 1"),
+        (dict(experts=4, top_k=2, width=384, shards=1, score="sigmoid"), "moe.text.score: leave"),
+        (
+            dict(experts=4, top_k=2, width=384, shards=1, shared_width="8"),
+            "shared expert (moe.text.shared_width = 8)",
+        ),
     ],
 )
 def test_what_cannot_be_made_of_the_dense_model_is_refused(tmp_path, dense, changes, words):

@@ -5,6 +5,7 @@ rank makes just the experts it holds, and every mesh and every device starts fro
 """
 
 import hashlib
+from collections.abc import Container
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +14,18 @@ from titan_vlm.models.shards import local_part
 
 
 @torch.no_grad()
-def init_weights(model: nn.Module, seed: int, std: float) -> None:
-    """Fill every parameter of `model`: matrices from N(0, std^2), norms with 1, biases with 0.
+def init_weights(
+    model: nn.Module, seed: int, std: float, but: Container[str] = frozenset()
+) -> None:
+    """Fill every parameter of `model`: matrices from N(0, std^2), norms with 1, biases with 0; only
+    those not whose names are in `but`.
 
     Numbers are drawn on the CPU in float32, so that they depend on neither device nor dtype. Of a
     sharded parameter a rank fills its part.
     """
     for name, parameter in model.named_parameters():
+        if name in but:
+            continue
         part, where = local_part(parameter)
         if parameter.ndim == 1 or name.endswith("bias"):
             part.fill_(0.0 if name.endswith("bias") else 1.0)

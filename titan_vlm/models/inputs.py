@@ -14,6 +14,7 @@ Two rows of six tokens, `v` a visual token, `.` padding:
 """
 
 from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -80,6 +81,17 @@ class Batch:
         """Lengths of the documents that are no padding, on the host."""
         tokens = self.on_host.tokens
         return torch.bincount(tokens.sequence_V, minlength=tokens.num_sequences).tolist()
+
+    @property
+    def doc_keys(self) -> list[int]:
+        """Of each document of `doc_lens` the key of its sample, 0 of padding; on the host."""
+        host, length = self.on_host, self.tokens_BS.shape[1]
+        keys, found = iter(host.tokens.keys_N.tolist()), []
+        for start in accumulate(self.doc_lens[:-1], initial=0):
+            row, place = divmod(start, length)  # of rows that may be padded further than the host's
+            is_sample = place < host.valid_BS.shape[1] and bool(host.valid_BS[row, place])
+            found.append(next(keys) if is_sample else 0)
+        return found
 
     def visual_tokens(self, patches: int = 1) -> Tokens:
         """What the MoE layers of a vision tower are told, on the batch's device: a token is as many

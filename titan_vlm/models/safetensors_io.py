@@ -51,6 +51,8 @@ class TensorInfo:
         It may be a view of the mapped file: copy it, and let it go.
         """
         with _open(self.file) as file:
+            if not self.shape:  # a number has no slices
+                return file.get_tensor(self.name)
             part = file.get_slice(self.name)
             return part[:] if rows is None else part[rows]
 

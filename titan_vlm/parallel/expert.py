@@ -58,7 +58,7 @@ def make_dispatcher(layer: MoE, group: ProcessGroup):
             return AllGatherDispatcher(group)
         case library:
             most = router.num_experts if config.router in RAGGED else router.top_k
-            width = layer.experts.gate_up.shape[1]
+            width = layer.experts.first.shape[1]
             return fused_exchange.make_dispatcher(library, group, width, most, config.fused)
 
 

@@ -108,9 +108,9 @@ class Pipeline:
         self.owners = {
             name: schedule.stage_ranks[stage]
             for stage, modules in enumerate(names)
-            for name, _ in take(model, modules).named_parameters()
+            for name in take(model, modules).state_dict()
         }
-        self.shapes = {name: (p.shape, p.dtype) for name, p in model.named_parameters()}
+        self.shapes = {name: (x.shape, x.dtype) for name, x in model.state_dict().items()}
         mine = [i for i, rank in enumerate(schedule.stage_ranks) if rank == self.rank]
         self.stages = {i: self._stage(take(model, names[i]), i) for i in mine}
         self.model = take(model, set.union(*(names[i] for i in mine)))
@@ -245,7 +245,7 @@ class Pipeline:
         return tensor
 
     def whole_state(self, state: Mapping[str, Tensor]) -> "WholeState":
-        """The parameters of all stages, by name, of which `state` has this rank's.
+        """Parameters and saved buffers of all stages, of which `state` has this rank's.
 
         Experts are in logical order: where they are placed, the rank that has them knows.
         """

@@ -18,7 +18,7 @@ them, so that any mesh can read a checkpoint.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +43,8 @@ logger = logging.getLogger("titan_vlm")
 # An expert is three tensors of its size on the way; a swap must take a hundredth of the mean load
 # off the most loaded rank.
 WORTH = 0.01
+
+Leaf = tuple[str, str]  # a layer and one of its experts' parameters
 
 # S slots, E experts: as many
 
@@ -133,6 +135,35 @@ def rebalance(
     return moved
 
 
+@torch.no_grad()
+def copy_first_expert(
+    model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh, names: Sequence[str]
+) -> None:
+    """Make all experts of the layers `names` copies of their expert 0, with the optimizer's state.
+
+    To be called by every rank, without gradients. Each rank gets one expert and copies it into all
+    of its slots.
+    """
+    layers = {name: layer for name, layer in moe_layers(model).items() if name in names}
+    if not layers:
+        return
+    group = mesh.tokens.get_group()
+    parameters = _expert_parameters(layers)
+    held = _gather_held(parameters, group)
+    for (name, leaf), parameter in parameters.items():
+        layer, here = layers[name], [where[name, leaf] for where in held]
+        first = 0 if layer.slots_E is None else int(layer.slots_E[0])
+        source_S = list(range(layer.router.num_experts))
+        for slots, *_ in here:
+            if slots.start < slots.stop:
+                source_S[slots.start] = first
+        peers = _peers(here, mesh, group.rank())
+        for tensor in _of_experts(parameter, optimizer):
+            part, _ = local_part(tensor)
+            _permute(part, source_S, peers, group)
+            part[1:] = part[:1]
+
+
 # ---------------------------------------------------------------------------- moving
 
 
@@ -150,16 +181,10 @@ def _move(
     sources = {n: s for n, s in sources.items() if not torch.equal(s, torch.arange(len(s)))}
     if not sources:
         return 0
-    parameters = {
-        (name, leaf): parameter
-        for name in sources
-        for leaf, parameter in layers[name].experts.named_parameters()
-    }
+    parameters = _expert_parameters({name: layers[name] for name in sources})
     assert all(p.grad is None for p in parameters.values()), "gradients would be of other experts"
     group = mesh.tokens.get_group()
-    held: list[dict] = [{}] * group.size()
-    mine = {key: local_part(parameter)[1] for key, parameter in parameters.items()}
-    dist.all_gather_object(held, mine, group=group)
+    held = _gather_held(parameters, group)
     sent = 0
     for key, parameter in parameters.items():
         peers = _peers([where[key] for where in held], mesh, group.rank())
@@ -171,6 +196,24 @@ def _move(
     total = torch.tensor(sent, device=mesh.root.device_type)
     dist.all_reduce(total, group=group)
     return int(total)
+
+
+def _expert_parameters(layers: Mapping[str, nn.Module]) -> dict[Leaf, nn.Parameter]:
+    return {
+        (name, leaf): parameter
+        for name, layer in layers.items()
+        for leaf, parameter in layer.experts.named_parameters()
+    }
+
+
+def _gather_held(
+    parameters: Mapping[Leaf, nn.Parameter], group: dist.ProcessGroup
+) -> list[dict[Leaf, tuple[slice, ...]]]:
+    """Which part of each parameter every rank of the group holds."""
+    held: list[dict] = [{}] * group.size()
+    mine = {key: local_part(parameter)[1] for key, parameter in parameters.items()}
+    dist.all_gather_object(held, mine, group=group)
+    return held
 
 
 def _of_experts(parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:

@@ -31,7 +31,7 @@ def check(whole: nn.Module, config: Quantize) -> None:
     multiple = (recipe.block or 1) if config.emulate else recipe.widths
     for name, layer in layers.items():
         experts = layer.experts
-        widths = {*experts.gate_up.shape[1:], *experts.down.shape[1:]}
+        widths = {*experts.first.shape[1:], *experts.down.shape[1:]}
         if unfit := sorted(width for width in widths if width % multiple):
             raise ConfigError(
                 f'quantize.experts = "{config.experts}": expected widths that are multiples of '

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from titan_vlm.config import Config
+from titan_vlm.distributed import device_type
 from titan_vlm.errors import ConfigError
 from titan_vlm.models.moe.config import LIBRARIES
 from titan_vlm.parallel.schedules import KINDS, Schedule
@@ -104,6 +105,17 @@ CONFLICTS = (
         "nothing is exchanged there, and the library would be neither used nor looked for",
         'use "all_to_all", which on one rank does without exchange, too, or ep > 1',
         lambda case: case.has_library_dispatcher and case.expert_ranks == 1,
+    ),
+    Conflict(
+        "training.attention_dropout",
+        "training.dtype = bfloat16 on CUDA",
+        "FlashAttention draws its random numbers in an order that depends on the mesh",
+        "leave it out, or take float32",
+        lambda case: (
+            case.config.training.attention_dropout > 0
+            and case.config.training.dtype == "bfloat16"
+            and device_type(case.config.run.device) == "cuda"
+        ),
     ),
 )
 

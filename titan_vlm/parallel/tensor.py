@@ -89,13 +89,17 @@ def apply(model: nn.Module, mesh: Mesh, config: Parallelism) -> nn.Module:
             )
             async_tensor.pair(modules[name], columns, row, split.group)
     for name, module in modules.items():
+        if hasattr(module, "first_head"):
+            module.first_head = split.group.rank() * (module.num_heads // split.group.size())
         if isinstance(module, MoE):
             # Pictures are not split along the sequence.
-            _experts(module, split, split.sequence and not name.startswith("vision."))
+            sees_pictures = name.partition(".")[0] in model.sees_pictures
+            _experts(module, split, split.sequence and not sees_pictures)
     tie(tied)
     model.register_forward_pre_hook(partial(_begin, split=split), with_kwargs=True)
-    if split.sequence and model.vision is not None:
-        model.vision.register_forward_hook(lambda _, args, out: _own_features(out, split))
+    last = getattr(model, model.sees_pictures[-1])
+    if split.sequence and last is not None:
+        last.register_forward_hook(lambda _, args, out: _own_features(out, split))
     return model
 
 

@@ -80,16 +80,26 @@ class MoEConfig:
     expert_width: int = setting(
         0, "Hidden units of an expert; 0: as the model flavour has it.", at_least=0
     )
-    layers: list[int] = setting(
+    layers: list[int] | Literal["all", "deep_half"] = setting(
         [],
-        "text, vision: the layers with experts, from 0 on. Empty: moe.*.every decides. (Qwen3-VL's "
-        "projector has them in all mergers.)",
+        "text, vision: the layers with experts, from 0 on; or all, or those of the deeper half. "
+        "Empty: moe.*.every decides. (A projector has them in all its parts.)",
         at_least=0,
     )
     every: int = setting(
         0,
         "text, vision: every n-th layer has experts (n = 2: layers 1, 3, 5); 0: as the model "
         "flavour has it, or all.",
+        at_least=0,
+    )
+    activation: Literal["swiglu", "gelu"] = setting(
+        "swiglu", "Of the experts: down(silu(gate x) * up x), or down(gelu(up x)) as in towers."
+    )
+    asleep: list[int] = setting(
+        [],
+        "text, vision: layers with experts that send every token to expert 0 with weight 1, as a "
+        "dense layer would; the others begin as its copies in the stage that wakes them "
+        "(docs/curriculum.md).",
         at_least=0,
     )
     expert_bias: bool = setting(False, "Whether the experts' products have biases.")
@@ -99,10 +109,18 @@ class MoEConfig:
     shared_gate: bool = setting(
         False, "Scale the shared expert by a sigmoid of the token (Qwen2-MoE)."
     )
+    dropout: float = setting(
+        0.0,
+        "In training: part of the numbers of the layer's output, before it is added to the hidden "
+        "states, that becomes 0 (as Shazeer 2017); the others are scaled up.",
+        at_least=0,
+        below=1,
+    )
     upcycle_shards: int = setting(
         0,
-        "text: checkpoint.initial_load_path is dense, and every expert begins as a copy of its "
-        "layer's MLP (1) or as one of so many shards of it; 0: it has experts.",
+        "text: checkpoint.initial_load_path (or model.text_path) is dense, and every expert begins "
+        "as a copy of its layer's MLP (1) or as one of so many shards of it; 0: it has experts. "
+        "vision: the same of model.vision_path, with activation = gelu and expert_bias = true.",
         at_least=0,
     )
     upcycle_noise: float = setting(
@@ -229,8 +247,10 @@ class MoEConfig:
             "route_scale": self.route_scale != 1.0,
             "n_groups": self.n_groups != 1,
             "bias_update": self.has_bias,
+            "activation": self.activation != "swiglu",
             "expert_bias": self.expert_bias,
             "shared_width": self.shared_width > 0,
+            "asleep": bool(self.asleep),
         }
         return [key for key, is_different in differs.items() if is_different]
 
@@ -245,7 +265,9 @@ class MoE:
 
 
 def chosen_layers(config: MoEConfig, depth: int) -> tuple[int, ...]:
-    """Of `depth` layers those with experts: the list, every n-th, or all."""
+    """Of `depth` layers those with experts: the list, the deeper half, every n-th, or all."""
+    if isinstance(config.layers, str):
+        return tuple(range({"all": 0, "deep_half": depth // 2}[config.layers], depth))
     every = config.every or 1
     return tuple(config.layers) or tuple(range(every - 1, depth, every))
 
@@ -275,6 +297,11 @@ def _branch_conflicts(config: MoEConfig, branch: str) -> Iterator[str]:
                 yield f"anneal.{loss}: expected steps as keys, as in {{ 0 = 1.0 }}, got {step!r}"
                 return
     ragged = config.router in RAGGED
+    # What leaves an upcycled layer's first forward pass as it is.
+    may_differ = {"asleep"} | (
+        {"shared_width"} if branch == "text" else {"activation", "expert_bias"}
+    )
+    differs = [key for key in config.unlike_qwen3 if key not in may_differ]
     rules = [
         (
             config.router == "expert_choice" and branch == "text" and not config.allow_noncausal,
@@ -326,7 +353,7 @@ def _branch_conflicts(config: MoEConfig, branch: str) -> Iterator[str]:
             'sees the future in training; use "position", or set allow_noncausal = true',
         ),
         (
-            len(set(config.layers)) < len(config.layers),
+            isinstance(config.layers, list) and len(set(config.layers)) < len(config.layers),
             f"layers: expected each once, got {config.layers}",
         ),
         (
@@ -342,18 +369,28 @@ def _branch_conflicts(config: MoEConfig, branch: str) -> Iterator[str]:
             f'cv_load: needs router = "noisy_topk", got "{config.router}"',
         ),
         (
-            config.upcycle_shards > 0 and branch != "text",
-            "upcycle_shards: only the text branch's MLPs are like experts",
+            config.upcycle_shards > 0 and branch == "projector",
+            "upcycle_shards: leave it out, there is no dense projector",
+        ),
+        (
+            config.upcycle_shards > 0
+            and branch == "vision"
+            and not (config.activation == "gelu" and config.expert_bias),
+            'upcycle_shards: a tower\'s MLPs are like experts with activation = "gelu" and '
+            "expert_bias = true",
         ),
         (
             config.upcycle_noise > 0 and not config.upcycle_shards,
             "upcycle_noise: set upcycle_shards with it",
         ),
         (
-            config.upcycle_shards > 0 and (bool(config.unlike_qwen3) or config.experts <= 0),
-            "upcycle_shards: the first forward pass is the dense model's only with experts, top_k "
-            "and expert_width set, router topk and weights that sum to 1 (score softmax, normalize "
-            "= true), and without bias_update, n_groups, route_scale, expert_bias, shared_width",
+            config.upcycle_shards > 0 and config.experts <= 0,
+            "upcycle_shards: set experts, top_k and expert_width with it",
+        ),
+        (
+            config.upcycle_shards > 0 and bool(differs),
+            f"{(differs or [''])[0]}: leave it out with upcycle_shards, or the first forward pass "
+            "is not the dense model's",
         ),
         (
             config.upcycle_shards > 0
@@ -365,12 +402,21 @@ def _branch_conflicts(config: MoEConfig, branch: str) -> Iterator[str]:
             f"({config.experts}) and of top_k ({config.top_k})",
         ),
         (
+            bool(config.asleep) and branch == "projector",
+            "asleep: leave it out, it is for text and vision",
+        ),
+        (
+            bool(config.asleep) and config.upcycle_shards > 1,
+            f"asleep: expected none with upcycle_shards = {config.upcycle_shards}, of which expert "
+            "0 is one; with 1 it is the dense layer",
+        ),
+        (
             config.shared_gate and not config.shared_width,
             "shared_gate = true: there is no shared expert; set shared_width",
         ),
         (
             bool(config.layers) and config.every > 0,
-            f"every = {config.every}: expected 0 with a list of layers",
+            f"every = {config.every}: expected 0 where layers says which",
         ),
         (
             config.experts > 0 and not (config.top_k and config.expert_width),

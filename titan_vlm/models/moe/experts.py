@@ -1,4 +1,4 @@
-"""The experts: E SwiGLU layers as two grouped matmuls.
+"""The experts: E SwiGLU or GELU layers as two grouped matmuls.
 
 The one place that chooses how a grouped matmul runs:
 
@@ -18,38 +18,57 @@ from titan_vlm.models.moe.layout import Layout
 
 
 class Experts(nn.Module):
-    """down(silu(gate(x)) * up(x) * weight) for each expert's rows.
+    """down(silu(gate(x)) * up(x) * weight) for each expert's rows, or down(gelu(up(x)) * weight) as
+    in vision towers.
 
     The routing weight multiplies the hidden activation instead of the output: the same number,
     at width F instead of D, and its gradient needs no saved output.
 
     gate_up [E, D, 2F], gate first; down [E, F, D]: the layout of the published checkpoints. With
-    `bias`, one [E, 1, ...] for each.
+    `bias`, one [E, 1, ...] for each. Of GELU experts the first is called up, [E, D, F].
     """
 
     def __init__(
-        self, num_experts: int, width: int, hidden: int, out: int | None = None, bias: bool = False
+        self,
+        num_experts: int,
+        width: int,
+        hidden: int,
+        out: int | None = None,
+        bias: bool = False,
+        activation: str = "swiglu",
     ):
         super().__init__()
         out = out or width
         self.matmul = grouped_matmul
-        self.gate_up = nn.Parameter(torch.empty(num_experts, width, 2 * hidden))
+        first, units = {"swiglu": ("gate_up", 2 * hidden), "gelu": ("up", hidden)}[activation]
+        self.activate = {"swiglu": WeightedSwiGLU.apply, "gelu": weighted_gelu}[activation]
+        self.register_parameter(first, nn.Parameter(torch.empty(num_experts, width, units)))
         self.down = nn.Parameter(torch.empty(num_experts, hidden, out))
         if bias:
-            self.gate_up_bias = nn.Parameter(torch.empty(num_experts, 1, 2 * hidden))
+            bias_E1N = nn.Parameter(torch.empty(num_experts, 1, units))
+            self.register_parameter(f"{first}_bias", bias_E1N)
             self.down_bias = nn.Parameter(torch.empty(num_experts, 1, out))
 
     def forward(self, x_RD: Tensor, layout: Layout) -> Tensor:
-        gate_up_RF = self.matmul(x_RD, self.gate_up, layout)
+        first_RF = self.matmul(x_RD, self.first, layout)
         if not hasattr(self, "down_bias"):
-            hidden_RF = WeightedSwiGLU.apply(gate_up_RF, layout.weights_R)
+            hidden_RF = self.activate(first_RF, layout.weights_R)
             return self.matmul(hidden_RF, self.down, layout)
         num_rows = len(x_RD)
-        gate_up_RF = gate_up_RF + _EachRow.apply(self.gate_up_bias, layout.ends_E, num_rows)
-        hidden_RF = WeightedSwiGLU.apply(gate_up_RF, layout.weights_R)
+        first_RF = first_RF + _EachRow.apply(self.first_bias, layout.ends_E, num_rows)
+        hidden_RF = self.activate(first_RF, layout.weights_R)
         bias_RD = _EachRow.apply(self.down_bias, layout.ends_E, num_rows)
         weights_R1 = layout.weights_R.to(bias_RD.dtype).unsqueeze(-1)
         return self.matmul(hidden_RF, self.down, layout) + bias_RD * weights_R1
+
+    @property
+    def first(self) -> Tensor:
+        """The matrices that tokens meet first."""
+        return self.gate_up if hasattr(self, "gate_up") else self.up
+
+    @property
+    def first_bias(self) -> Tensor:
+        return self.gate_up_bias if hasattr(self, "gate_up") else self.up_bias
 
 
 def grouped_matmul(x_RK: Tensor, weight_EKN: Tensor, layout: Layout) -> Tensor:
@@ -133,3 +152,8 @@ class WeightedSwiGLU(torch.autograd.Function):
         torch.ops.aten.silu_backward.grad_input(grad_activated, gate, grad_input=gate)
         gate_up_RF.mul_(weights_R.to(gate.dtype).unsqueeze(-1))
         return gate_up_RF, grad_weights.to(weights_R.dtype)
+
+
+def weighted_gelu(up_RF: Tensor, weights_R: Tensor) -> Tensor:
+    """gelu_tanh(up) * weight, [R, F]."""
+    return F.gelu(up_RF, approximate="tanh") * weights_R.to(up_RF.dtype).unsqueeze(-1)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from titan_vlm.models.layers.mlp import SwiGLU
-from titan_vlm.models.moe import timing
+from titan_vlm.models.moe import noise, timing
 from titan_vlm.models.moe.config import MoEConfig
 from titan_vlm.models.moe.dispatcher import LocalDispatcher
 from titan_vlm.models.moe.experts import Experts
@@ -40,9 +40,12 @@ class MoE(nn.Module):
         super().__init__()
         config = config or MoEConfig()
         self.router = Router(width, num_experts, top_k, config, name)
-        self.experts = Experts(num_experts, width, hidden, out or width, config.expert_bias)
+        self.experts = Experts(
+            num_experts, width, hidden, out or width, config.expert_bias, config.activation
+        )
         if config.shared_width:
             self.shared = SharedExpert(width, config.shared_width, out or width, config.shared_gate)
+        self.dropout = config.dropout
         self.dispatcher = LocalDispatcher()
         self.slots_E = self.replicas_E = None  # expert e in slot e; `set_slots` makes them buffers
         self.clock = timing.Clock()
@@ -68,7 +71,10 @@ class MoE(nn.Module):
         with record_function("moe.combine"):
             # The shared expert computes while rows travel back.
             meanwhile = partial(self.shared, x_TD) if hasattr(self, "shared") else None
-            return self.dispatcher.combine(rows_RD, state, meanwhile)
+            out_TD = self.dispatcher.combine(rows_RD, state, meanwhile)
+        if self.training and self.dropout:
+            return noise.dropout(out_TD, tokens, self.router.name, self.dropout)
+        return out_TD
 
 
 class SharedExpert(nn.Module):

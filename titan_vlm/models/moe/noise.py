@@ -1,4 +1,4 @@
-"""Random numbers for routers that no mesh can change.
+"""Random numbers that no mesh can change, for routers and dropout.
 
 Each number is a hash of (seed, step, layer, site, sample, place in the sample, column): a rank
 draws for the tokens it happens to hold what any other rank would have drawn for them, in any order,
@@ -37,6 +37,14 @@ def uniform(
         # With a bit more the largest would round to 1.
         out.copy_(bits.double().mul_(2.0**-52).add_(2.0**-53))
     return draws
+
+
+def dropout(x_TD: Tensor, tokens: Tokens, layer: str, rate: float) -> Tensor:
+    """`x_TD` with a part of the tokens' numbers, as large as `rate`, set to 0 and the others scaled
+    up (Srivastava et al. 2014)."""
+    kept_VD = uniform(tokens, layer, "dropout", x_TD.shape[1], torch.float32) >= rate
+    factors_VD = kept_VD.to(x_TD.dtype) / (1 - rate)
+    return x_TD * torch.ones_like(x_TD).index_copy_(0, tokens.index_V, factors_VD)
 
 
 def jitter(tokens: Tokens, layer: str, width: int, eps: float, dtype: torch.dtype) -> Tensor:

@@ -61,6 +61,7 @@ class Router(nn.Module):
 
     Buffers of whatever balances without a loss (bias, thresholds, averages) are in `steering`.
 
+    asleep    whether every token goes to expert 0 with weight 1; then the gate is not asked
     load_E    pairs made of each expert in training since it was last zeroed, before drops
     sums      of `SUMS`, over the same time
     placed_E  as load_E, since experts were last moved
@@ -70,6 +71,7 @@ class Router(nn.Module):
         super().__init__()
         self.config, self.name = config, name
         self.num_experts, self.top_k = num_experts, top_k
+        self.asleep = name.rpartition(".")[2] in map(str, config.asleep)
         self.weight = nn.Parameter(torch.empty(num_experts, width))
         if config.router == "noisy_topk":
             self.noise_weight = nn.Parameter(torch.empty(num_experts, width))
@@ -103,6 +105,8 @@ class Router(nn.Module):
         """Route `tokens`; the others (padding) are in no pair."""
         again = runs_again()
         counting = self.training and not again
+        if self.asleep:
+            return self._as_dense(x_TD, tokens, counting)
         with torch.autocast(x_TD.device.type, enabled=False):
             # Where all are tokens there is nothing to pick out.
             x_VD = x_TD if len(tokens) == len(x_TD) else x_TD.index_select(0, tokens.index_V)
@@ -128,6 +132,21 @@ class Router(nn.Module):
             token_ids_P=tokens.index_V.index_select(0, token_P),
             expert_ids_P=experts_P,
             weights_P=weights_P,
+            num_experts=self.num_experts,
+        )
+
+    def _as_dense(self, x_TD: Tensor, tokens: Tokens, counting: bool) -> Routing:
+        """All to expert 0."""
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        if counting:
+            here = {"tokens": len(tokens), "made": len(tokens), "kept": len(tokens)}
+            self.load_E[0] += len(tokens)
+            self.placed_E[0] += len(tokens)
+            self._add(here | {"micro_batches": 1 / self.batch_peers.size})
+        return Routing(
+            token_ids_P=tokens.index_V,
+            expert_ids_P=torch.zeros_like(tokens.index_V),
+            weights_P=torch.ones(len(tokens), dtype=dtype, device=x_TD.device),
             num_experts=self.num_experts,
         )
 
@@ -316,6 +335,9 @@ class Router(nn.Module):
             figures["observed"] = len(tokens)
             figures["entropy"] = torch.special.entr(logits_VE.softmax(-1)).sum()
             figures["square"] = logits_VE.square().mean(-1).sum()
+        self._add(figures)
+
+    def _add(self, figures: dict[str, Tensor | float]) -> None:
         for name, figure in figures.items():
             self.sums[SUMS.index(name)] += figure
 

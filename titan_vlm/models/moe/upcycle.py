@@ -124,13 +124,14 @@ def add_noise(weights: ExpertWeights, relative_std: float, seed: int, name: str)
         raise ValueError(f"noise of a negative size, {relative_std}")
     gate, up = weights.gate_up.chunk(2, dim=-1)
     noisy = {
-        matrix: _add_noise(values, relative_std, seed, f"{name}/{matrix}/noise")
+        matrix: perturb(values, relative_std, seed, f"{name}/{matrix}/noise")
         for matrix, values in {"gate": gate, "up": up, "down": weights.down}.items()
     }
     return ExpertWeights(torch.cat((noisy["gate"], noisy["up"]), dim=-1), noisy["down"])
 
 
-def _add_noise(matrices_EIO: Tensor, relative_std: float, seed: int, name: str) -> Tensor:
+def perturb(matrices_EIO: Tensor, relative_std: float, seed: int, name: str) -> Tensor:
+    """Each expert's matrix plus N(0, (relative_std * its RMS)^2), drawn by (seed, name, expert)."""
     noisy = torch.empty_like(matrices_EIO, memory_format=torch.contiguous_format)
     for expert, matrix in enumerate(matrices_EIO):
         exact = matrix.to(torch.promote_types(matrix.dtype, torch.float32))

@@ -5,9 +5,10 @@ The published dimensions are those of the `config.json` files of Qwen/Qwen3-VL-*
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from titan_vlm.errors import ConfigError
+from titan_vlm.models.config_json import require
 from titan_vlm.models.moe.config import MoEConfig, chosen_layers
 
 
@@ -28,6 +29,7 @@ class TextConfig:
     max_positions: int = 262144
     initializer_range: float = 0.02
     attention_bias: bool = False
+    attention_dropout: float = 0.0  # in training
     num_experts: int = 0
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
@@ -114,10 +116,10 @@ def check(config: Qwen3VLConfig) -> None:
             f"{text.head_dim / 2:g}",
         ),
         (
-            _interleaves(text.mrope_section),
+            interleaves(text.mrope_section),
             f"mrope_section {list(text.mrope_section)} cannot be interleaved t h w t h w ...: "
             "expected three numbers, height and width at most every third of "
-            f"{text.head_dim // 2} frequencies, e.g. {_even_sections(text.head_dim // 2)}",
+            f"{text.head_dim // 2} frequencies, e.g. {even_sections(text.head_dim // 2)}",
         ),
         (
             text.decoder_sparse_step >= 1,
@@ -163,14 +165,15 @@ def check(config: Qwen3VLConfig) -> None:
             raise ConfigError(f"model dimensions: {message}")
 
 
-def _interleaves(sections: tuple[int, ...]) -> bool:
+def interleaves(sections: tuple[int, ...]) -> bool:
     """Whether every axis finds as many places in t h w t h w ... t t as its section counts."""
     if len(sections) != 3 or min(sections) < 0:
         return False
     return all(axis + 3 * (sections[axis] - 1) < sum(sections) for axis in (1, 2))
 
 
-def _even_sections(frequencies: int) -> list[int]:
+def even_sections(frequencies: int) -> list[int]:
+    """As many frequencies for each of time, height and width; what is left, for time."""
     third = frequencies // 3
     return [frequencies - 2 * third, third, third]
 
@@ -250,8 +253,9 @@ FLAVORS: dict[str, Qwen3VLConfig] = {
 }
 
 
-def with_token_ids(config: Qwen3VLConfig, ids: "TokenIds", vocab: int) -> Qwen3VLConfig:
-    """The same dimensions, with the special token ids of the tokenizer in use.
+def with_token_ids(config: Any, ids: "TokenIds", vocab: int) -> Any:
+    """The same dimensions, with the special token ids of the tokenizer in use. For any family whose
+    configuration has them under these names.
 
     `vocab` is the tokenizer's size, which the embedding must hold.
 
@@ -270,6 +274,12 @@ def with_token_ids(config: Qwen3VLConfig, ids: "TokenIds", vocab: int) -> Qwen3V
         vision_start_token_id=ids.vision_start,
         vision_end_token_id=ids.vision_end,
     )
+
+
+def visual(config: Qwen3VLConfig) -> dict[str, int]:
+    """The geometry of pictures."""
+    names = ("patch_size", "merge_size", "temporal_patch_size")
+    return {name: getattr(config.vision, name) for name in names}
 
 
 class TokenIds(Protocol):
@@ -303,24 +313,24 @@ def from_hf(hf: dict) -> Qwen3VLConfig:
         rope_type = rope.get("rope_type", "default")
         vision_rope = v.get("rope_parameters") or {}
         vision_rope_type = vision_rope.get("rope_type", "axial")
-        _require(
+        require(
             rope_type in ("default", "mrope"),
             f"text rope_type must be default or mrope, got {rope_type}",
         )
-        _require(
+        require(
             vision_rope_type in ("default", "axial"),  # transformers takes the first for the second
             f"vision rope_type must be axial, got {vision_rope_type}",
         )
-        _require(t.get("hidden_act", "silu") == "silu", "text hidden_act must be silu")
-        _require(
+        require(t.get("hidden_act", "silu") == "silu", "text hidden_act must be silu")
+        require(
             v.get("hidden_act", "gelu_pytorch_tanh") == "gelu_pytorch_tanh",
             "vision hidden_act must be gelu_pytorch_tanh",
         )
-        _require(not t.get("attention_dropout"), "attention_dropout must be 0")
-        _require(
+        require(not t.get("attention_dropout"), "attention_dropout must be 0")
+        require(
             rope.get("mrope_interleaved", True), "mrope_interleaved must be true, as in Qwen3-VL"
         )
-        _require(
+        require(
             t.get("norm_topk_prob", True),
             "norm_topk_prob must be true: the weights of a token's experts sum to 1",
         )
@@ -371,13 +381,6 @@ def from_hf(hf: dict) -> Qwen3VLConfig:
         vision_start_token_id=hf.get("vision_start_token_id", 151652),
         vision_end_token_id=hf.get("vision_end_token_id", 151653),
     )
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise ConfigError(
-            f"config.json: {message}; this model computes nothing else: choose another checkpoint"
-        )
 
 
 def to_hf(config: Qwen3VLConfig, dtype: str = "bfloat16") -> dict:

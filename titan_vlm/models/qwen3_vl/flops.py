@@ -10,7 +10,7 @@ not.
 from titan_vlm.models.moe.config import MoEConfig
 from titan_vlm.models.qwen3_vl.config import Qwen3VLConfig, TextConfig, VisionConfig
 
-_FORWARD_AND_BACKWARD = 3
+FORWARD_AND_BACKWARD = 3
 
 
 def flops(config: Qwen3VLConfig, doc_lens: list[int], grids: list[tuple[int, int, int]]) -> float:
@@ -22,7 +22,7 @@ def flops(config: Qwen3VLConfig, doc_lens: list[int], grids: list[tuple[int, int
     """
     text = sum(document(config.text, length) for length in doc_lens)
     vision = sum(visual(config.vision, *grid) for grid in grids)
-    return float(_FORWARD_AND_BACKWARD * (text + vision))
+    return float(FORWARD_AND_BACKWARD * (text + vision))
 
 
 def document(text: TextConfig, length: int) -> float:
@@ -35,8 +35,10 @@ def layer(text: TextConfig, index: int, length: int) -> float:
     width, attention = text.hidden_size, text.num_heads * text.head_dim
     matrices = 2 * width * attention + 2 * width * text.num_kv_heads * text.head_dim
     if text.is_moe_layer(index):
-        experts, width_of_each = text.num_experts, text.moe_intermediate_size
-        matrices += _moe(width, width, experts, text.num_experts_per_tok, width_of_each, text.moe)
+        asleep = index in text.moe.asleep
+        experts, top_k = (0, 1) if asleep else (text.num_experts, text.num_experts_per_tok)
+        hidden = text.moe_intermediate_size
+        matrices += moe_weights(width, width, experts, top_k, hidden, text.moe)
     else:
         matrices += 3 * width * text.intermediate_size
     # Queries with keys, then weights with values: 2 x 2 x S^2 x heads x head_dim; a causal mask
@@ -44,10 +46,18 @@ def layer(text: TextConfig, index: int, length: int) -> float:
     return 2 * matrices * length + 4 * length**2 * attention / 2
 
 
-def _moe(width: int, out: int, experts: int, top_k: int, hidden: int, moe: MoEConfig) -> int:
+def moe_weights(width: int, out: int, experts: int, top_k: int, hidden: int, moe: MoEConfig) -> int:
     """Weights that a token passes in an MoE layer."""
     shared = (2 * width + out) * moe.shared_width
-    return width * experts + top_k * (2 * width + out) * hidden + shared
+    matrices = {"swiglu": 2 * width + out, "gelu": width + out}[moe.activation]
+    return width * experts + top_k * matrices * hidden + shared
+
+
+def tower_weights(size: int, layers: int, moe: MoEConfig) -> int:
+    """Weights that a patch passes in `layers` MoE layers of a vision tower, some of them asleep."""
+    asleep, hidden = len(moe.asleep), moe.expert_width
+    awake = (layers - asleep) * moe_weights(size, size, moe.experts, moe.top_k, hidden, moe)
+    return awake + asleep * moe_weights(size, size, 0, 1, hidden, moe)
 
 
 def head(text: TextConfig, length: int) -> float:
@@ -61,12 +71,12 @@ def visual(vision: VisionConfig, frames: int, height: int, width: int) -> float:
     moe, sparse = vision.moe, len(vision.moe_layers)
     mlps = (vision.depth - sparse) * 2 * size * vision.intermediate_size
     if sparse:
-        mlps += sparse * _moe(size, size, moe.experts, moe.top_k, moe.expert_width, moe)
+        mlps += tower_weights(size, sparse, moe)
     per_patch = vision.patch_dim * size + vision.depth * 4 * size**2 + mlps
     merged, out = size * vision.merge_size**2, vision.out_hidden_size
     merger, moe = merged**2 + merged * out, vision.projector_moe
     if moe.experts > 0:
-        merger = _moe(merged, out, moe.experts, moe.top_k, moe.expert_width, moe)
+        merger = moe_weights(merged, out, moe.experts, moe.top_k, moe.expert_width, moe)
     per_token = merger * (1 + len(vision.deepstack_layers))
     patches = frames * per_frame
     tokens = patches / vision.merge_size**2

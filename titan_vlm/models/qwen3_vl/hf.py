@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from titan_vlm.errors import ConfigError
+from titan_vlm.models.config_json import read_config_json
 from titan_vlm.models.moe.config import MoEConfig
 from titan_vlm.models.qwen3_vl.config import Qwen3VLConfig, VisionConfig, from_hf, to_hf
 from titan_vlm.models.qwen3_vl.model import Qwen3VL
@@ -84,6 +85,8 @@ _NAMES = {
     "lm_head": "lm_head",
 }
 _EXPERTS = re.compile(r"text\.layers\.(\d+)\.moe\.experts\.")
+# Of a decoder, in the files of Qwen's models and in those that OmniMoE writes.
+_EXPERTS_THERE = re.compile(r"(\.mlp|text\.layers\.\d+\.moe)\.experts\.")
 _VISION_QKV = re.compile(r"vision\.blocks\.\d+\.attn\.([qkv])\.")
 
 
@@ -219,7 +222,7 @@ def fill(
 
 def find_experts(names: Iterable[str]) -> str | None:
     """The first of a checkpoint's tensors that holds experts."""
-    return next((name for name in names if ".mlp.experts." in name), None)
+    return next((name for name in names if _EXPERTS_THERE.search(name)), None)
 
 
 def _refuse_dense(
@@ -309,19 +312,7 @@ def read_config(directory: str | Path) -> Qwen3VLConfig:
     Raises:
         ConfigError: there is none, or it is of another architecture; names the file.
     """
-    try:
-        content = json.loads((Path(directory) / "config.json").read_text())
-        if not isinstance(content, dict):
-            raise ConfigError("config.json is no JSON object")
-        return from_hf(content)
-    except ConfigError as error:
-        raise ConfigError(f"{directory}: {error}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{directory}: config.json cannot be read: {error}") from error
-    except (TypeError, AttributeError, ArithmeticError) as error:
-        raise ConfigError(
-            f"{directory}: config.json has a value of a wrong type: {error}"
-        ) from error
+    return read_config_json(directory, from_hf)
 
 
 def not_in_format(config: Qwen3VLConfig, weights_only: bool = False) -> list[str]:
@@ -338,6 +329,7 @@ def not_in_format(config: Qwen3VLConfig, weights_only: bool = False) -> list[str
         return found
     text = config.text.moe
     weights = {"shared_width": "shared expert", "expert_bias": "biases of experts"}
+    weights["activation"] = "experts of another kind"
     if text.router == "noisy_topk":
         weights["router"] = "weights of a router's noise"
     keys = sorted(text.unlike_qwen3, key=lambda key: key not in weights)
@@ -401,7 +393,7 @@ def save_hf(
         return
     files = {
         "config.json": to_hf(config, str(dtype).removeprefix("torch.")),
-        "generation_config.json": _generation_config(tokenizer),
+        "generation_config.json": generation_config(tokenizer),
         **processor_configs,
     }
     if config.vision.rope_theta != VisionConfig.rope_theta:
@@ -462,7 +454,7 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _generation_config(tokenizer) -> dict:
+def generation_config(tokenizer) -> dict:
     """Where generation ends; how to sample is left to whoever generates."""
     ids = {name: getattr(tokenizer, name) for name in ("eos_token_id", "pad_token_id")}
     return {name: value for name, value in ids.items() if value is not None}

@@ -8,11 +8,11 @@ vision features to the visual tokens' hidden states.
 from torch import Tensor, nn
 
 from titan_vlm.models.inputs import Batch
-from titan_vlm.models.layers.attention import Documents, attend
+from titan_vlm.models.layers.attention import Documents, Dropout, attend
 from titan_vlm.models.layers.mlp import SwiGLU
 from titan_vlm.models.layers.rope import rotate, text_tables
 from titan_vlm.models.moe.layer import MoE
-from titan_vlm.models.moe.tokens import Tokens
+from titan_vlm.models.moe.tokens import Moment, Tokens
 from titan_vlm.models.qwen3_vl.config import TextConfig
 
 
@@ -39,7 +39,8 @@ class TextModel(nn.Module):
             deepstack: [M, D] for each of the first layers.
         """
         config, where_M = self.config, batch.visual_index_M
-        documents = Documents(batch.doc_lens)
+        keys = batch.doc_keys if config.attention_dropout else None
+        documents = Documents(batch.doc_lens, keys)
         cos, sin = text_tables(
             batch.positions_3BS.flatten(1),
             config.head_dim,
@@ -62,7 +63,7 @@ class Block(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.attn_norm = nn.RMSNorm(width, config.norm_eps)
-        self.attn = Attention(config)
+        self.attn = Attention(config, f"text.layers.{index}")
         self.mlp_norm = nn.RMSNorm(width, config.norm_eps)
         if config.is_moe_layer(index):
             self.moe = MoE(
@@ -84,7 +85,8 @@ class Block(nn.Module):
         documents: Documents,
         tokens: Tokens,
     ) -> Tensor:
-        x_BSD = x_BSD + self.attn(self.attn_norm(x_BSD), cos, sin, documents)
+        attended = self.attn(self.attn_norm(x_BSD), cos, sin, documents, tokens.moment)
+        x_BSD = x_BSD + attended
         normed_BSD = self.mlp_norm(x_BSD)
         if hasattr(self, "moe"):
             out_TD = self.moe(normed_BSD.flatten(0, 1), tokens)
@@ -93,10 +95,15 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with normalised queries and keys (Qwen3)."""
+    """Causal grouped-query attention with normalised queries and keys (Qwen3).
 
-    def __init__(self, config: TextConfig):
+    first_head: the number of the first head here, of those that ranks share
+    """
+
+    def __init__(self, config: TextConfig, name: str):
         super().__init__()
+        self.name, self.dropout = name, config.attention_dropout
+        self.num_heads, self.first_head = config.num_heads, 0
         width, bias = config.hidden_size, config.attention_bias
         self.head_dim = config.head_dim
         self.q = nn.Linear(width, config.num_heads * config.head_dim, bias)
@@ -106,10 +113,15 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps)
         self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps)
 
-    def forward(self, x_BSD: Tensor, cos: Tensor, sin: Tensor, documents: Documents) -> Tensor:
+    def forward(
+        self, x_BSD: Tensor, cos: Tensor, sin: Tensor, documents: Documents, moment: Moment
+    ) -> Tensor:
         x_TD = x_BSD.flatten(0, 1)
         heads = (-1, self.head_dim)
         q, k, v = (linear(x_TD).unflatten(-1, heads) for linear in (self.q, self.k, self.v))
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        out = attend(q, k, v, documents, causal=True)
+        dropout = None
+        if self.training and self.dropout:
+            dropout = Dropout(self.dropout, self.name, moment, self.first_head)
+        out = attend(q, k, v, documents, causal=True, dropout=dropout)
         return self.o(out.flatten(1)).unflatten(0, x_BSD.shape[:2])
