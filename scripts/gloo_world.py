@@ -14,6 +14,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
+from functools import _lru_cache_wrapper
 from typing import Any
 
 import torch
@@ -109,12 +110,14 @@ def leave_groups() -> None:
     A model and its hooks refer to each other and keep groups alive until they are collected: gloo's
     threads, a few of each group, would then watch connections that peers have closed, for ever.
     """
+    gc.collect()  # the job's own, while there are groups that it may still ask for
     if dist.is_initialized():
         with contextlib.suppress(RuntimeError):  # a peer may be gone already
             dist.destroy_process_group()
     _clear_sharding_prop_cache()
-    for value in vars(_redistribute).values():
-        if hasattr(value, "cache_clear"):
+    _redistribute.clear_redistribute_planner_cache()
+    for value in gc.get_objects():
+        if type(value) is _lru_cache_wrapper and "torch.distributed" in str(value.__module__):
             value.cache_clear()
     gc.collect()
 

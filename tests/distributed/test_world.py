@@ -1,24 +1,38 @@
 """The long-lived world itself: what a job leaves behind would slow down all that follow."""
 
-import os
+import time
+from pathlib import Path
+
+import pytest
 
 from tests.small_run import Silent, small_config
 from titan_vlm import train
 
 
-def one_step(folder) -> None:
-    run = train.prepare(small_config(folder, parallelism__dp_shard="2", checkpoint__every="0"))
+def one_step(folder, axis) -> None:
+    changes = {f"parallelism__{axis}": "2", "checkpoint__every": "0"}
+    run = train.prepare(small_config(folder, **changes))
     train.train_step(run, Silent())
 
 
-def threads() -> int:
-    return len(os.listdir("/proc/self/task"))
+def gloo_threads() -> int:
+    names = [file.read_text() for file in Path("/proc/self/task").glob("*/comm")]
+    return sum("gloo" in name for name in names)
 
 
-def test_a_jobs_process_groups_and_their_threads_end_with_it(world, tmp_path):
-    world.run(2, one_step, tmp_path / "0")
-    before = world.run(2, threads)
-    for k in range(1, 5):
-        world.run(2, one_step, tmp_path / str(k))
-    more = [b - a for a, b in zip(before, world.run(2, threads), strict=True)]
-    assert max(more) <= 2  # of libraries, which start theirs late; groups would leave six and more
+def one_step_and_threads(folder, axis) -> int:
+    one_step(folder, axis)
+    return gloo_threads()
+
+
+def threads_that_stay() -> int:
+    end = time.monotonic() + 20  # those of a group that is gone take a moment
+    while gloo_threads() and time.monotonic() < end:
+        time.sleep(0.1)
+    return gloo_threads()
+
+
+@pytest.mark.parametrize("axis", ["dp_shard", "tp", "ep", "pp"])
+def test_a_jobs_process_groups_and_their_threads_end_with_it(world, tmp_path, axis):
+    assert min(world.run(2, one_step_and_threads, tmp_path, axis)) > 0
+    assert world.run(2, threads_that_stay) == [0, 0]
