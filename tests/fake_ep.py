@@ -52,7 +52,7 @@ class FakeBuffer:
     """`deep_ep.Buffer`, and UCCL-EP's."""
 
     num_sms = 20
-    made: list["FakeBuffer"] = []
+    made: list[tuple] = []  # SMs and calls of each; a buffer itself would keep its group alive
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class FakeBuffer:
     ):
         self.group, self.num_nvl_bytes, self.num_rdma_bytes = group, num_nvl_bytes, num_rdma_bytes
         self.handles, self.calls = [], []
-        FakeBuffer.made.append(self)
+        FakeBuffer.made.append((self.num_sms, self.calls))
 
     @staticmethod
     def set_num_sms(new_num_sms: int) -> None:
@@ -225,7 +225,7 @@ class FakeBuffer:
 class FakeHybridEPBuffer:
     """`deep_ep.HybridEPBuffer`."""
 
-    made: list["FakeHybridEPBuffer"] = []
+    made: list[tuple] = []
 
     def __init__(
         self,
@@ -244,7 +244,7 @@ class FakeHybridEPBuffer:
         self.group, self.hidden_dim, self.num_local_experts = group, hidden_dim, num_local_experts
         self.num_sms = (num_sms_dispatch_api, num_sms_combine_api)
         self.handles, self.calls = [], []
-        FakeHybridEPBuffer.made.append(self)
+        FakeHybridEPBuffer.made.append((self.num_sms, self.calls))
 
     def dispatch_with_permute(
         self,
