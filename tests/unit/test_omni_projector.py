@@ -125,7 +125,8 @@ def test_every_level_equals_a_loop_over_frames(reduction):
         if gradient is None:
             assert name.startswith("final."), name
         else:
-            assert error(parameter.grad, gradient, 1e-3) < 1e-10, name
+            # In thousands, but for the biases of keys: zero, for a softmax does not see them.
+            assert error(parameter.grad, gradient, 1.0) < 1e-10, name
 
 
 def test_a_layer_without_a_level_between_others_gets_nothing_added():
