@@ -19,14 +19,17 @@ def test_equal_groups_are_one_batched_matmul(dtype):
     assert layout_of([ALIGN * 5 - 1, ALIGN * 5, ALIGN * 5 - 7], dtype).group == ALIGN * 5
 
 
-def test_bfloat16_takes_some_fillers_for_one_call_and_float32_does_not():
+@pytest.mark.parametrize("amx", [True, False])
+def test_bfloat16_on_amx_takes_some_fillers_for_one_call_and_nothing_else_does(amx, monkeypatch):
+    monkeypatch.setattr("titan_vlm.models.moe.layout.AMX", amx)
     counts = [ALIGN * 4, ALIGN * 5, ALIGN * 6]
-    assert layout_of(counts, torch.bfloat16).group == ALIGN * 6
+    assert layout_of(counts, torch.bfloat16).group == (ALIGN * 6 if amx else None)
     assert layout_of(counts, torch.float32).group is None
 
 
-def test_fillers_count_in_rows_however_large_the_groups_are():
+def test_fillers_count_in_rows_however_large_the_groups_are(monkeypatch):
     """A factor would allow large groups any number of fillers."""
+    monkeypatch.setattr("titan_vlm.models.moe.layout.AMX", True)
     waste = spare_rows(torch.bfloat16)
     few, many = waste - ALIGN, waste + ALIGN
     for size in (ALIGN * 4, ALIGN * 64):

@@ -10,11 +10,12 @@ Two layouts, E = 3 experts, ALIGN = 4, counts (5, 1, 4), `x` a pair's row, `.` a
     ragged    xxxxx... x... xxxx          ends_E = [8, 12, 16]    groups as long as they must be
     uniform   xxxxx... x....... xxxx....  C = 8                   every group as long as the longest
 
-The uniform layout is one batched matmul, the ragged one a loop over the experts. On CPU the loop
-costs each expert in bfloat16, whose matmuls are fast and repack the weights, as much time as about
-64 more rows would: uniform is chosen where it has fewer fillers than that. In wider types the loop
-costs next to nothing: uniform only where it needs no more. On other devices the layout is always
-ragged: uniform needs the counts on the host, for which one would have to wait.
+The uniform layout is one batched matmul, the ragged one a loop over the experts. On a CPU with AMX
+the loop costs each expert in bfloat16, whose matmuls are fast and repack the weights, as much time
+as about 64 more rows would: uniform is chosen where it has fewer fillers than that. In wider types,
+and without AMX, the loop costs next to nothing: uniform only where it needs no more. On other
+devices the layout is always ragged: uniform needs the counts on the host, for which one would have
+to wait.
 
 A filler row copies row 0 of the tokens and has weight 0, which makes its output and every
 gradient that flows through it exactly zero: no buffer needs to be cleared.
@@ -29,6 +30,7 @@ from titan_vlm.models.moe.routing import Routing
 
 ALIGN = 32
 ALIGN_WIDE = 8
+AMX = torch.cpu._is_amx_tile_supported()
 
 
 @dataclass
@@ -85,7 +87,7 @@ def _uniform_group(padded_E: Tensor, num_pairs: int, dtype: torch.dtype) -> int 
 
 def spare_rows(dtype: torch.dtype) -> int:
     """Rows that the uniform layout may have more than the ragged one, per expert in use."""
-    return 64 if dtype == torch.bfloat16 else 0
+    return 64 if dtype == torch.bfloat16 and AMX else 0
 
 
 def _num_rows(ends_E: Tensor, num_pairs: int, group: int | None, align: int) -> int:
